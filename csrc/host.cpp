@@ -1,0 +1,192 @@
+// The pybind11 module pacd_fast._C: the certification loop, bound tables, known answers, build information.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace pacd {
+namespace {
+
+using Counts = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+// What is drawn next: samples [first, first + count) of an image on a stream (0 selection, 1 estimation).
+using Piece = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+// CERTIFY of Cohen et al. 2019 for many images that share batches.  It plans which samples to draw, knows which images
+// are complete, and turns their votes into certificates; it never sees an image, a model or a device.
+class Certification {
+ public:
+  Certification(int64_t images, int64_t n0, int64_t n, double alpha, double sigma)
+      : images_(images), samples_{n0, n}, alpha_(alpha), sigma_(sigma) {
+    if (images < 0 || n0 < 0 || n < 1) throw py::value_error("images and n0 must not be negative, n must be positive");
+    if (!(alpha > 0.0 && alpha < 1.0)) throw py::value_error("alpha must be in (0, 1)");
+    if (!(sigma > 0.0 && std::isfinite(sigma))) throw py::value_error("sigma must be positive and finite");
+  }
+
+  // The next rows, at most `rows` of them: whole images in order, each its selection samples, then its estimation
+  // samples.  Streams differ, so the two never share a sample.  Empty when all is planned.
+  std::vector<Piece> plan(int64_t rows) {
+    if (rows < 1) throw py::value_error("rows must be positive");
+    std::vector<Piece> pieces;
+    while (rows > 0 && image_ < images_) {
+      const int64_t count = std::min(rows, samples_[stream_] - next_);
+      if (count > 0) pieces.emplace_back(image_, stream_, next_, count);
+      rows -= count;
+      next_ += count;
+      if (next_ == samples_[stream_]) {
+        next_ = 0;
+        if (++stream_ == 2) {
+          stream_ = 0;
+          ++image_;
+        }
+      }
+    }
+    return pieces;
+  }
+
+  // Images [0, planned()) have all their samples planned.
+  int64_t planned() const { return image_; }
+
+  // (selected class, p_lower, radius) of one image from its votes; the class is -1 with radius 0 where it abstains.
+  std::tuple<int64_t, int64_t, double, double> issue(Counts selection, Counts estimation) const {
+    if (selection.ndim() != 1 || estimation.ndim() != 1 || selection.size() != estimation.size() || selection.size() < 1)
+      throw py::value_error("votes must be two vectors with one number per class");
+    const int64_t* chosen = selection.data();
+    const int64_t* votes = estimation.data();
+    const int64_t classes = selection.size();
+    int64_t sums[2] = {0, 0};
+    for (int64_t c = 0; c < classes; ++c) {
+      sums[0] += chosen[c];
+      sums[1] += votes[c];
+    }
+    if (sums[0] != samples_[0] || sums[1] != samples_[1]) throw py::value_error("votes do not add up to n0 and n");
+    const int64_t top = std::max_element(chosen, chosen + classes) - chosen;
+    const double p_lower = clopper_pearson_lower(votes[top], samples_[1], alpha_);
+    if (!(p_lower > 0.5)) return {-1, top, p_lower, 0.0};
+    const double radius = product_down(sigma_, normal_quantile(p_lower, false));
+    return {top, top, p_lower, std::max(radius, 0.0)};
+  }
+
+ private:
+  int64_t images_;
+  int64_t samples_[2];
+  double alpha_, sigma_;
+  int64_t image_ = 0, stream_ = 0, next_ = 0;
+};
+
+// Bounds for k = 0..n.
+py::array_t<double> clopper_pearson_table(int64_t n, double alpha, bool upper) {
+  if (n < 1 || n >= (int64_t{1} << 31)) throw py::value_error("n must be in [1, 2^31)");
+  if (!(alpha >= 1e-300 && alpha < 1.0)) throw py::value_error("alpha must be in [1e-300, 1)");
+  py::array_t<double> table(n + 1);
+  double* bounds = table.mutable_data();
+  py::gil_scoped_release release;
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    constexpr int64_t chunk = 256;
+    for (int64_t begin = next.fetch_add(chunk); begin <= n; begin = next.fetch_add(chunk)) {
+      for (int64_t k = begin; k <= std::min(n, begin + chunk - 1); ++k)
+        bounds[k] = upper ? clopper_pearson_upper(k, n, alpha) : clopper_pearson_lower(k, n, alpha);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned i = 1; i < std::thread::hardware_concurrency() && n > 1024; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  return table;
+}
+
+// The bits that noise is made of: `count` words of one image on one stream, sample after sample, `blocks` blocks each.
+py::array_t<uint32_t> random_bits(uint64_t seed, uint32_t stream, uint64_t image, uint32_t first, uint32_t blocks, int64_t samples) {
+  py::array_t<uint32_t> out({samples, static_cast<int64_t>(blocks), int64_t{4}});
+  uint32_t* words = out.mutable_data();
+  py::gil_scoped_release release;
+  for (int64_t s = 0; s < samples; ++s) {
+    for (uint32_t b = 0; b < blocks; ++b, words += 4) {
+      const Words w = random_words(seed, stream, image, first + static_cast<uint32_t>(s), b);
+      words[0] = w.w0;
+      words[1] = w.w1;
+      words[2] = w.w2;
+      words[3] = w.w3;
+    }
+  }
+  return out;
+}
+
+std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t> key) {
+  if (counter.size() != 4 || key.size() != 2) throw py::value_error("counter has 4 words and key has 2");
+  const Words w = philox4x32({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
+  return {w.w0, w.w1, w.w2, w.w3};
+}
+
+py::array_t<float> normals(py::array_t<uint32_t, py::array::c_style | py::array::forcecast> words) {
+  if (words.ndim() != 2 || words.shape(1) != 2) throw py::value_error("words must be [N, 2]");
+  py::array_t<float> out({words.shape(0), words.shape(1)});
+  for (py::ssize_t i = 0; i < words.shape(0); ++i) {
+    const NormalPair pair = box_muller(words.at(i, 0), words.at(i, 1));
+    out.mutable_at(i, 0) = pair.first;
+    out.mutable_at(i, 1) = pair.second;
+  }
+  return out;
+}
+
+std::pair<double, double> pair_of(Dd x) { return {x.hi, x.lo}; }
+
+const char* simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
+  return "x86-64 (SSE2)";
+#else
+  return "the compiler's default";
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PACD_VERSION;
+  info["compiler"] = PACD_COMPILER;
+  info["simd"] = simd_level();
+  info["built_with_torch"] = PACD_TORCH_VERSION;
+  info["cuda_compiler"] = PACD_CUDA_COMPILER;
+  info["cuda_architectures"] = PACD_CUDA_ARCHITECTURES;
+  return info;
+}
+
+}  // namespace
+}  // namespace pacd
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pacd;
+  m.doc() = "The certification loop, bound tables, known answers and build information of pacd_fast.";
+  py::class_<Certification>(m, "Certification")
+      .def(py::init<int64_t, int64_t, int64_t, double, double>(), py::arg("images"), py::arg("n0"), py::arg("n"), py::arg("alpha"),
+           py::arg("sigma"))
+      .def("plan", &Certification::plan, py::arg("rows"), "The next [(image, stream, first sample, count)], at most `rows` samples.")
+      .def_property_readonly("planned", &Certification::planned, "Images 0..planned-1 have all their samples planned.")
+      .def("issue", &Certification::issue, py::arg("selection"), py::arg("estimation"),
+           "(prediction or -1, selected class, p_lower, radius) from an image's votes.");
+  m.def("clopper_pearson_table", &clopper_pearson_table, py::arg("n"), py::arg("alpha"), py::arg("upper") = false,
+        "Clopper-Pearson bounds for k = 0..n as float64 [n + 1], rounded outward.");
+  m.def("random_bits", &random_bits, py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"), py::arg("blocks"),
+        py::arg("samples"), "The uniform words behind the noise: uint32 [samples, blocks, 4].");
+  m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"), "Philox4x32-10 of four counter words and two key words.");
+  m.def("normals", &normals, py::arg("words"), "Box-Muller of uint32 [N, 2] -> float32 [N, 2].");
+  m.def("exp_dd", [](double hi, double lo) { return pair_of(exp(Dd(hi, lo))); }, "Double-double exp, for the tests.");
+  m.def("log_dd", [](double hi, double lo) { return pair_of(log(Dd(hi, lo))); }, "Double-double log, for the tests.");
+  m.def("log_factorial_dd", [](int64_t n) { return pair_of(log_factorial(n)); }, "Double-double log(n!), for the tests.");
+  m.def("product_down", &product_down, py::arg("sigma"), py::arg("z"), "sigma * z rounded down.");
+  m.def("build_info", &build_info, "Versions, compilers and the SIMD level in use.");
+}

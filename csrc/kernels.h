@@ -1,0 +1,170 @@
+// Every kernel as a plain struct: its arguments, and what one work item does.  No torch in here.
+//
+// A RowKernel has `void operator()(int64_t row) const`.  A TileKernel makes 64 elements of a row at a time: `draw` gives
+// the numbers of one of the 16 counters of a tile, `put` turns one number into one element.  The executors in
+// ops_cpu.cpp and ops_cuda.cu run any of them.
+#pragma once
+
+#include "binomial.h"
+#include "normal.h"
+#include "quantile.h"
+
+namespace pacd {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+PACD_INLINE float to_float(float x) { return x; }
+PACD_INLINE float to_float(Bfloat16 x) { return bits_as<float>(static_cast<uint32_t>(x.bits) << 16); }
+PACD_INLINE float to_float(Half x) {
+  // Shift the fields into place and let one product mend the exponent (subnormals included); inf and NaN apart.
+  const uint32_t magnitude = x.bits & 0x7FFFu;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const float finite = bits_as<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = 0x7F800000u | (magnitude << 13);
+  return bits_as<float>((magnitude >= 0x7C00u ? special : bits_as<uint32_t>(finite)) | sign);
+}
+
+// Rounding to nearest, ties to even, like torch.
+PACD_INLINE void convert(float x, float* out) { *out = x; }
+PACD_INLINE void convert(float x, Bfloat16* out) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
+}
+PACD_INLINE void convert(float x, Half* out) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  // Normal results: drop 13 bits with rounding and re-bias.  Subnormal ones: let a float addition round at 2^-24.
+  const uint32_t normal = (magnitude - 0x38000000u + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+  uint32_t result = magnitude < 0x38800000u ? small : normal;
+  result = magnitude >= 0x477FF000u ? 0x7C00u : result;  // 65520 and up round to infinity
+  result = magnitude > 0x7F800000u ? 0x7E00u : result;
+  out->bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
+}
+
+// out[row] = (x[row / copies] + sigma * noise - mean) * (1 / std), the noise of (seed, stream, image, first + row % copies).
+template <class Out, bool normalise>
+struct NoisyCopies {
+  static constexpr int tile = 64;
+  static constexpr int lanes = 16;
+
+  const float* x;
+  Out* out;
+  const int64_t* image_ids;  // null: 0, 1, 2, ...
+  const float* mean;         // per channel, with normalise
+  const float* std;
+  int64_t copies, first, elements, channels;
+  uint64_t seed;
+  uint32_t stream;
+  float sigma;
+  bool channels_last;
+
+  // Element e = 64 t + 16 w + lane takes word w of the block 16 t + lane: a tile is 16 counters side by side.
+  PACD_INLINE void draw(int64_t row, int64_t t, int lane, float* numbers, int stride) const {
+    const int64_t image = row / copies;
+    const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
+    const Words words = random_words(seed, stream, id, static_cast<uint32_t>(first + row % copies),
+                                     static_cast<uint32_t>(t * lanes + lane));
+    const NormalPair a = box_muller(words.w0, words.w1);
+    const NormalPair b = box_muller(words.w2, words.w3);
+    numbers[0 * stride] = a.first;
+    numbers[1 * stride] = a.second;
+    numbers[2 * stride] = b.first;
+    numbers[3 * stride] = b.second;
+  }
+
+  PACD_INLINE float value(float pixel, float number, float shift, float inverse) const {
+    const float noisy = fma(sigma, number, pixel);
+    return normalise ? (noisy - shift) * inverse : noisy;
+  }
+
+  // One element, anywhere.
+  PACD_INLINE void put(int64_t row, int64_t e, float number) const {
+    const int64_t plane = elements / channels, channel = e / plane;
+    const float shift = normalise ? mean[channel] : 0.0f, inverse = normalise ? 1.0f / std[channel] : 1.0f;
+    const int64_t place = channels_last ? (e - channel * plane) * channels + channel : e;
+    convert(value(x[row / copies * elements + e], number, shift, inverse), out + row * elements + place);
+  }
+
+  // A tile's elements [begin, end) from its numbers, in runs of one channel, whose loops the compiler can vectorise.
+  PACD_INLINE void put_run(int64_t row, int64_t begin, int64_t end, const float* numbers) const {
+    const int64_t plane = elements / channels;
+    const float* pixels = x + row / copies * elements;
+    Out* target = out + row * elements;
+    const bool scattered = channels_last && channels > 1;
+    while (begin < end) {
+      const bool whole = !normalise && !scattered;
+      const int64_t channel = whole ? 0 : begin / plane;
+      const int64_t stop = whole || end < (channel + 1) * plane ? end : (channel + 1) * plane;
+      const float shift = normalise ? mean[channel] : 0.0f, inverse = normalise ? 1.0f / std[channel] : 1.0f;
+      const int length = static_cast<int>(stop - begin);
+      if (scattered) {
+        Out* place = target + (begin - channel * plane) * channels + channel;
+        for (int i = 0; i < length; ++i) convert(value(pixels[begin + i], numbers[i], shift, inverse), place + i * channels);
+      } else if (length == tile) {
+        for (int i = 0; i < tile; ++i) convert(value(pixels[begin + i], numbers[i], shift, inverse), target + begin + i);
+      } else {
+        for (int i = 0; i < length; ++i) convert(value(pixels[begin + i], numbers[i], shift, inverse), target + begin + i);
+      }
+      numbers += length;
+      begin = stop;
+    }
+  }
+};
+
+// counts[image_index[row], argmax(logits[row])] += 1; a row with a NaN goes to nan_rows[image_index[row]] instead.
+template <class In>
+struct AddVotes {
+  const In* logits;
+  const int64_t* image_index;
+  int64_t* counts;
+  int64_t* nan_rows;
+  int64_t images, classes;
+
+  PACD_INLINE void operator()(int64_t row) const {
+    const int64_t image = image_index[row];
+    if (image < 0 || image >= images) return;  // refused by the caller where it can be; never written through
+    const In* values = logits + row * classes;
+    float best = to_float(values[0]);
+    int64_t vote = 0;
+    bool nan = best != best;
+    for (int64_t c = 1; c < classes; ++c) {
+      const float v = to_float(values[c]);
+      nan = nan || v != v;
+      if (v > best) {  // strictly: the lowest index wins a tie
+        best = v;
+        vote = c;
+      }
+    }
+    add_atomically(nan ? nan_rows + image : counts + image * classes + vote, 1);
+  }
+};
+
+struct ClopperPearson {
+  const int64_t* k;
+  const int64_t* n;
+  const double* alpha;
+  double* bound;
+  bool upper;
+
+  PACD_INLINE void operator()(int64_t i) const {
+    bound[i] = upper ? clopper_pearson_upper(k[i], n[i], alpha[i]) : clopper_pearson_lower(k[i], n[i], alpha[i]);
+  }
+};
+
+struct NormalQuantile {
+  const double* p;
+  double* z;
+  bool up;
+
+  PACD_INLINE void operator()(int64_t i) const { z[i] = normal_quantile(p[i], up); }
+};
+
+}  // namespace pacd

@@ -1,0 +1,72 @@
+// Gaussian noise in float, the same bits on every processor: log, sine and cosine from fma alone, and Box-Muller.
+//
+// Everything here is branch-free, so that the compiler can turn a loop over it into SIMD.  The errors in the comments
+// are what python_tests/test_noise.py asserts against mpmath.
+#pragma once
+
+#include "philox.h"
+
+namespace pacd {
+
+// log(u) for u in [2^-33, 1]; relative error below 2e-7 (about 2 ULP).
+PACD_INLINE float log_unit(float u) {
+  // u = m * 2^e with m in [sqrt(1/2), sqrt(2)), so that log(m) has no cancellation with e * log(2) near u = 1.
+  const int32_t shifted = bits_as<int32_t>(u) - 0x3F3504F3;
+  const int32_t e = shifted >> 23;
+  const float m = bits_as<float>((shifted & 0x007FFFFF) + 0x3F3504F3);
+  const float f = m - 1.0f;
+  // (log(1 + f) - f + f^2 / 2) / f^3, a weighted least-squares fit of degree 7.
+  float p = -0.07866737246513367f;
+  p = fma(p, f, 0.128810316324234f);
+  p = fma(p, f, -0.13125649094581604f);
+  p = fma(p, f, 0.14181187748908997f);
+  p = fma(p, f, -0.1662491410970688f);
+  p = fma(p, f, 0.20002290606498718f);
+  p = fma(p, f, -0.2500079870223999f);
+  p = fma(p, f, 0.33333316445350647f);
+  const float f2 = f * f;
+  const float tail = fma(p * f, f2, -0.5f * f2);
+  const float k = static_cast<float>(e);
+  // log(2) in two pieces; the first has trailing zeros, so that k times it is exact.
+  return fma(k, 0.693359375f, f + fma(k, -2.12194440e-4f, tail));
+}
+
+struct SinCos {
+  float sin, cos;
+};
+
+// Sine and cosine of w / 2^32 turns; absolute error below 1e-7.
+PACD_INLINE SinCos sincos_turns(uint32_t w) {
+  const uint32_t quadrant = (w + 0x20000000u) >> 30;
+  const int32_t rest = static_cast<int32_t>(w - (quadrant << 30));  // in [-2^29, 2^29): an eighth of a turn
+  const float x = static_cast<float>(rest) * 1.462918079267160e-9f;  // 2 pi / 2^32
+  const float x2 = x * x;
+  float s = fma(2.72500015e-6f, x2, -1.98400874e-4f);
+  s = fma(s, x2, 8.33333188e-3f);
+  s = fma(s, x2, -0.16666666667f);
+  s = fma(s * x2, x, x);
+  float c = fma(-2.73010133e-7f, x2, 2.48006009e-5f);
+  c = fma(c, x2, -1.38888877e-3f);
+  c = fma(c, x2, 4.16666667e-2f);
+  c = fma(c * x2, x2, fma(-0.5f, x2, 1.0f));
+  const bool odd = quadrant & 1u;
+  const uint32_t sin_sign = (quadrant & 2u) << 30;
+  const uint32_t cos_sign = ((quadrant + 1u) & 2u) << 30;
+  return {bits_as<float>(bits_as<uint32_t>(odd ? c : s) ^ sin_sign),
+          bits_as<float>(bits_as<uint32_t>(odd ? s : c) ^ cos_sign)};
+}
+
+struct NormalPair {
+  float first, second;
+};
+
+// Box-Muller: two standard normals from two random words; absolute error below 2e-6.
+// A 32-bit uniform reaches 6.76 standard deviations; beyond lies a probability of 1.4e-11 that is never drawn.
+PACD_INLINE NormalPair box_muller(uint32_t radius_word, uint32_t angle_word) {
+  const float u = fma(static_cast<float>(radius_word), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
+  const float r = sqrt_rn(-2.0f * log_unit(u));
+  const SinCos angle = sincos_turns(angle_word);
+  return {r * angle.cos, r * angle.sin};
+}
+
+}  // namespace pacd

@@ -1,0 +1,162 @@
+// Every tensor operator once: check, allocate, Exec::run; and the one list that registers them.
+//
+// Exec is the CPU's (ops_cpu.cpp) or CUDA's (ops_cuda.cu).  torch is used through its stable ABI only, so that one build
+// runs on torch 2.11 and later.  The Python wrappers in pacd_fast/ops.py have the documentation and the error messages;
+// the checks here are the last line of defence.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "kernels.h"
+
+namespace pacd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline constexpr const char* schemas[] = {
+    "noisy_copies_(Tensor(a!) out, Tensor x, Tensor? image_ids, float sigma, SymInt seed, SymInt first, SymInt stream, "
+    "Tensor? mean, Tensor? std) -> ()",
+    "noisy_copies(Tensor x, Tensor? image_ids, float sigma, SymInt copies, SymInt seed, SymInt first, SymInt stream, "
+    "ScalarType dtype, bool channels_last, Tensor? mean, Tensor? std) -> Tensor",
+    "add_votes_(Tensor(a!) counts, Tensor logits, Tensor image_index) -> Tensor",
+    "clopper_pearson(Tensor k, Tensor n, Tensor alpha, bool upper) -> Tensor",
+    "normal_quantile(Tensor p, bool up) -> Tensor",
+};
+
+// Calls run(Type{}) with the kernel's type for a floating dtype.
+template <class Run>
+void with_float_type(ScalarType dtype, Run run) {
+  if (dtype == ScalarType::Float) return run(float{});
+  if (dtype == ScalarType::BFloat16) return run(Bfloat16{});
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "expected float32, bfloat16 or float16");
+  run(Half{});
+}
+
+template <class T>
+const T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+template <class Exec>
+void noisy_copies_(Tensor out, Tensor x, std::optional<Tensor> image_ids, double sigma, int64_t seed, int64_t first,
+                   int64_t stream, std::optional<Tensor> mean, std::optional<Tensor> std) {
+  const int64_t images = x.dim() ? x.size(0) : 0;
+  const int64_t rows = out.dim() ? out.size(0) : 0;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && out.dim() == x.dim() && images > 0 && rows % images == 0,
+                  "noisy_copies: x must be float32 [B, ...] and out [B * copies, ...]");
+  for (int64_t d = 1; d < x.dim(); ++d) STD_TORCH_CHECK(out.size(d) == x.size(d), "noisy_copies: out and x differ in shape");
+  if (rows == 0 || x.numel() == 0) return;
+  const int64_t elements = x.numel() / images;
+  STD_TORCH_CHECK(elements < (int64_t{1} << 33), "noisy_copies: an image has more than 2^33 elements");
+  const int64_t copies = rows / images;
+  STD_TORCH_CHECK(first >= 0 && first + copies <= (int64_t{1} << 32), "noisy_copies: samples are numbered 0 to 2^32 - 1");
+  STD_TORCH_CHECK(stream >= 0 && stream < (1 << 16), "noisy_copies: stream must be in [0, 2^16)");
+  STD_TORCH_CHECK(!image_ids || (image_ids->scalar_type() == ScalarType::Long && image_ids->numel() == images),
+                  "noisy_copies: image_ids must be int64 [B]");
+  STD_TORCH_CHECK(mean.has_value() == std.has_value(), "noisy_copies: mean and std come together");
+  // out is contiguous, or channels_last: [B, C, H, W] with C innermost.
+  const bool plain = out.is_contiguous();
+  const bool last = !plain && out.dim() == 4 && out.stride(1) == 1 && out.stride(3) == out.size(1) &&
+                    out.stride(2) == out.size(1) * out.size(3) && out.stride(0) == elements;
+  STD_TORCH_CHECK(plain || last, "noisy_copies: out must be contiguous or channels_last");
+  const int64_t channels = (mean || last) ? x.size(1) : 1;
+  STD_TORCH_CHECK(!mean || (mean->numel() == channels && std->numel() == channels && mean->scalar_type() == ScalarType::Float &&
+                            std->scalar_type() == ScalarType::Float),
+                  "noisy_copies: mean and std must be float32 with one number per channel");
+  const Tensor pixels = torch::stable::contiguous(x);
+  const auto ids = contiguous(image_ids), shift = contiguous(mean), spread = contiguous(std);
+  with_float_type(out.scalar_type(), [&](auto type) {
+    using Out = decltype(type);
+    auto launch = [&](auto kernel) {
+      kernel = {static_cast<const float*>(pixels.data_ptr()), static_cast<Out*>(out.data_ptr()),
+                data_or_null<int64_t>(ids),  data_or_null<float>(shift), data_or_null<float>(spread),
+                copies, first, elements, channels, static_cast<uint64_t>(seed), static_cast<uint32_t>(stream),
+                static_cast<float>(sigma), last};
+      Exec::run_tiles(kernel, rows, out);
+    };
+    if (mean) {
+      launch(NoisyCopies<Out, true>{});
+    } else {
+      launch(NoisyCopies<Out, false>{});
+    }
+  });
+}
+
+template <class Exec>
+Tensor noisy_copies(Tensor x, std::optional<Tensor> image_ids, double sigma, int64_t copies, int64_t seed, int64_t first,
+                    int64_t stream, ScalarType dtype, bool channels_last, std::optional<Tensor> mean,
+                    std::optional<Tensor> std) {
+  STD_TORCH_CHECK(x.dim() > 0 && copies > 0, "noisy_copies: x must be [B, ...] and copies positive");
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size[0] *= copies;
+  Tensor out = torch::stable::empty(size, dtype, std::nullopt, x.device(), std::nullopt,
+                                    channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                  : torch::headeronly::MemoryFormat::Contiguous);
+  noisy_copies_<Exec>(out, x, image_ids, sigma, seed, first, stream, mean, std);
+  return out;
+}
+
+template <class Exec>
+Tensor add_votes_(Tensor counts, Tensor logits, Tensor image_index) {
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.dim() == 2 && counts.is_contiguous(),
+                  "add_votes_: counts must be a contiguous int64 [N, classes]");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) == counts.size(1) && logits.size(1) > 0,
+                  "add_votes_: logits must be [M, classes]");
+  STD_TORCH_CHECK(image_index.scalar_type() == ScalarType::Long && image_index.dim() == 1 &&
+                      image_index.size(0) == logits.size(0),
+                  "add_votes_: image_index must be int64 [M]");
+  Tensor nan_rows = torch::stable::new_zeros(counts, {counts.size(0)});
+  const Tensor values = torch::stable::contiguous(logits), index = torch::stable::contiguous(image_index);
+  with_float_type(logits.scalar_type(), [&](auto type) {
+    using In = decltype(type);
+    Exec::run_rows(AddVotes<In>{static_cast<const In*>(values.data_ptr()), static_cast<const int64_t*>(index.data_ptr()),
+                                static_cast<int64_t*>(counts.data_ptr()), static_cast<int64_t*>(nan_rows.data_ptr()),
+                                counts.size(0), counts.size(1)},
+                   logits.size(0), 8192 / logits.size(1) + 1, counts);
+  });
+  return nan_rows;
+}
+
+template <class Exec>
+Tensor clopper_pearson(Tensor k, Tensor n, Tensor alpha, bool upper) {
+  STD_TORCH_CHECK(k.scalar_type() == ScalarType::Long && n.scalar_type() == ScalarType::Long &&
+                      alpha.scalar_type() == ScalarType::Double && k.numel() == n.numel() && k.numel() == alpha.numel(),
+                  "clopper_pearson: k and n must be int64 and alpha float64, of one size");
+  Tensor bound = torch::stable::new_empty(k, k.sizes(), ScalarType::Double);
+  const Tensor hits = torch::stable::contiguous(k), draws = torch::stable::contiguous(n), levels = torch::stable::contiguous(alpha);
+  Exec::run_rows(ClopperPearson{static_cast<const int64_t*>(hits.data_ptr()), static_cast<const int64_t*>(draws.data_ptr()),
+                                static_cast<const double*>(levels.data_ptr()), static_cast<double*>(bound.data_ptr()), upper},
+                 k.numel(), 1, k);
+  return bound;
+}
+
+template <class Exec>
+Tensor normal_quantile(Tensor p, bool up) {
+  STD_TORCH_CHECK(p.scalar_type() == ScalarType::Double, "normal_quantile: p must be float64");
+  Tensor z = torch::stable::new_empty(p, p.sizes());
+  const Tensor levels = torch::stable::contiguous(p);
+  Exec::run_rows(NormalQuantile{static_cast<const double*>(levels.data_ptr()), static_cast<double*>(z.data_ptr()), up},
+                 p.numel(), 4, p);
+  return z;
+}
+
+template <class Exec>
+void register_operators(torch::stable::detail::StableLibrary& library) {
+  library.impl("noisy_copies_", TORCH_BOX(&noisy_copies_<Exec>));
+  library.impl("noisy_copies", TORCH_BOX(&noisy_copies<Exec>));
+  library.impl("add_votes_", TORCH_BOX(&add_votes_<Exec>));
+  library.impl("clopper_pearson", TORCH_BOX(&clopper_pearson<Exec>));
+  library.impl("normal_quantile", TORCH_BOX(&normal_quantile<Exec>));
+}
+
+}  // namespace pacd

@@ -1,0 +1,51 @@
+// The operators' schemas, and the CPU executor: torch's threads times compiler-written SIMD.
+#include "ops.h"
+
+namespace pacd {
+namespace {
+
+// The two loops below are compiled once per instruction set; what they call is forced inline into each copy.
+template <class Kernel>
+PACD_CLONES void tiles_between(const Kernel& kernel, int64_t begin, int64_t end, int64_t tiles) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / tiles, tile = i % tiles;
+    alignas(64) float numbers[Kernel::tile];
+    for (int lane = 0; lane < Kernel::lanes; ++lane) kernel.draw(row, tile, lane, numbers + lane, Kernel::lanes);
+    const int64_t start = tile * Kernel::tile;
+    const int64_t stop = start + Kernel::tile;
+    kernel.put_run(row, start, stop < kernel.elements ? stop : kernel.elements, numbers);
+  }
+}
+
+template <class Kernel>
+PACD_CLONES void rows_between(const Kernel& kernel, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) kernel(row);
+}
+
+// Splits [0, count) over torch's threads; at least `grain` items a thread.
+template <class Body>
+void split(int64_t count, int64_t grain, const Body& body) {
+  torch::stable::parallel_for(0, count, grain, [&body](int64_t begin, int64_t end) { body(begin, end); });
+}
+
+struct Cpu {
+  template <class Kernel>
+  static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor&) {
+    const int64_t tiles = (kernel.elements + Kernel::tile - 1) / Kernel::tile;
+    split(rows * tiles, 256, [&](int64_t begin, int64_t end) { tiles_between(kernel, begin, end, tiles); });
+  }
+
+  template <class Kernel>
+  static void run_rows(const Kernel& kernel, int64_t rows, int64_t grain, const Tensor&) {
+    split(rows, grain, [&](int64_t begin, int64_t end) { rows_between(kernel, begin, end); });
+  }
+};
+
+}  // namespace
+}  // namespace pacd
+
+STABLE_TORCH_LIBRARY(pacd_fast, library) {
+  for (const char* schema : pacd::schemas) library.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CPU, library) { pacd::register_operators<pacd::Cpu>(library); }

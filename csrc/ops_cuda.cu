@@ -1,0 +1,77 @@
+// The CUDA executor: a grid-stride launch of any kernel on torch's current stream.
+#include <cuda_runtime.h>
+
+#include "ops.h"
+#include <torch/csrc/stable/accelerator.h>
+
+// In torch 2.11 this lives in a library that a CPU-only torch does not have: looked up when first used.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream) __attribute__((weak));
+
+namespace pacd {
+namespace {
+
+constexpr int block_size = 256;
+
+void check(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "pacd_fast: ", what, ": ", cudaGetErrorString(status));
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_t rows, int64_t tiles) {
+  const int64_t count = rows * tiles * Kernel::lanes;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
+    const int lane = static_cast<int>(i % Kernel::lanes);
+    const int64_t row = i / Kernel::lanes / tiles, tile = i / Kernel::lanes % tiles;
+    constexpr int numbers = Kernel::tile / Kernel::lanes;
+    float number[numbers];
+    kernel.draw(row, tile, lane, number, 1);
+#pragma unroll
+    for (int j = 0; j < numbers; ++j) {
+      const int64_t e = tile * Kernel::tile + j * Kernel::lanes + lane;
+      if (e < kernel.elements) kernel.put(row, e, number[j]);
+    }
+  }
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(block_size) rows_kernel(Kernel kernel, int64_t rows) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += stride) kernel(row);
+}
+
+struct Cuda {
+  static cudaStream_t stream(const Tensor& on) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "pacd_fast: this torch has no CUDA");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+  // Enough blocks to fill the card several times over; the rest is the grid-stride loop's.
+  static unsigned blocks(int64_t items) {
+    const int64_t wanted = (items + block_size - 1) / block_size;
+    return static_cast<unsigned>(wanted < 132 * 32 ? wanted : 132 * 32);
+  }
+
+  template <class Kernel>
+  static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor& on) {
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    const int64_t tiles = (kernel.elements + Kernel::tile - 1) / Kernel::tile;
+    tiles_kernel<<<blocks(rows * tiles * Kernel::lanes), block_size, 0, stream(on)>>>(kernel, rows, tiles);
+    check(cudaGetLastError(), "launch");
+  }
+
+  template <class Kernel>
+  static void run_rows(const Kernel& kernel, int64_t rows, int64_t, const Tensor& on) {
+    if (rows == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    rows_kernel<<<blocks(rows), block_size, 0, stream(on)>>>(kernel, rows);
+    check(cudaGetLastError(), "launch");
+  }
+};
+
+}  // namespace
+}  // namespace pacd
+
+STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CUDA, library) { pacd::register_operators<pacd::Cuda>(library); }

@@ -1,0 +1,303 @@
+"""The tensor operators: loads the compiled libraries; per operator a typed wrapper, its fake and its gradient.
+
+Each works by itself on CPU and CUDA tensors, under autograd and torch.compile, and raises ValueError on bad input.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import pacd_fast
+
+__all__ = [
+    "add_votes_",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "cuda_library",
+    "noisy_copies",
+    "normal_quantile",
+]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REBUILD = "build it with: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def _library(name: str) -> Path | None:
+    """The path of a compiled library; an editable install has it beside another entry of the package's path."""
+    for folder in pacd_fast.__path__:
+        path = Path(folder) / f"{name}.so"
+        if path.exists():
+            return path
+    spec = importlib.util.find_spec("pacd_fast._C")
+    if spec is not None and spec.origin is not None and (path := Path(spec.origin).parent / f"{name}.so").exists():
+        return path
+    return None
+
+
+def _load(name: str) -> None:
+    path = _library(name)
+    if path is None:
+        raise ImportError(f"pacd_fast's library {name}.so is not in {list(pacd_fast.__path__)}; {REBUILD}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(f"pacd_fast's library {path} does not load beside torch {torch.__version__} ({error}); {REBUILD}") from error
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA operators; returns "loaded", or the reason why they are not there."""
+    if torch.version.cuda is None:
+        return f"not loaded: torch {torch.__version__} has no CUDA"
+    if _library("pacd_ops_cuda") is None:
+        return f"not built: no nvcc was found when pacd_fast was built; with nvcc on PATH, {REBUILD}"
+    _load("pacd_ops_cuda")
+    return "loaded"
+
+
+_load("pacd_ops")
+cuda_library: str = _load_cuda()
+"""Either "loaded" or the reason why there are no CUDA operators."""
+
+_ops = torch.ops.pacd_fast
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_device(x: Tensor) -> None:
+    if x.device.type == "cuda" and cuda_library != "loaded":
+        raise ValueError(f"the CUDA operators are {cuda_library}")
+    _require(x.device.type in ("cpu", "cuda", "meta"), f"expected a CPU or CUDA tensor, not one on {x.device}")
+
+
+def _channel_numbers(values: Sequence[float] | Tensor | None, name: str, x: Tensor) -> Tensor | None:
+    if values is None:
+        return None
+    tensor = torch.as_tensor(values, dtype=torch.float32, device=x.device).flatten()
+    _require(x.dim() >= 2 and tensor.numel() == x.shape[1], f"{name} needs one number per channel of x {tuple(x.shape)}")
+    return tensor
+
+
+def noisy_copies(
+    x: Tensor,
+    sigma: float,
+    copies: int = 1,
+    seed: int = 0,
+    *,
+    first: int = 0,
+    image_ids: Tensor | None = None,
+    stream: int = 0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gaussian copies of images: x [B, ...] -> [B * copies, ...], the copies of one image adjacent.
+
+    In plain torch ``x.repeat_interleave(copies, 0) + sigma * torch.randn(...)``, then ``(. - mean) * (1 / std)`` per
+    channel where they are given.  The noise is a pure function of (seed, stream, image id, sample, element): copy j of
+    image b is sample ``first + j`` of image ``image_ids[b]``, whatever the batch, device, layout or number of threads.
+
+    Args:
+        x: float32, bfloat16 or float16 [B, ...], any strides; computed in float32.
+        sigma: standard deviation, in the units of x, not negative; used as the nearest float32.
+        copies: copies per image, at least 1.
+        seed: in [0, 2^63); first: number of the first sample, samples are numbered in [0, 2^32); stream: in [0, 2^16),
+            0 and 1 are certification's selection and estimation.
+        image_ids: int64 [B] in [0, 2^48), by default 0, 1, ..., B - 1.
+        dtype: of the result, float32, bfloat16 or float16; by default that of x.
+        memory_format: torch.contiguous_format (default) or torch.channels_last.
+        mean, std: one number per channel (dimension 1), together or not at all.
+        out: [B * copies, ...], contiguous or channels_last: written and returned instead of a new tensor; then dtype and
+            memory_format are its own, and there is no gradient.
+
+    The gradient with respect to x is the sum over copies (divided by std).  A draw reaches 6.76 sigma at most: a 32-bit
+    uniform in Box-Muller (generator: Philox4x32-10, Salmon et al. 2011).
+
+    Raises:
+        ValueError: for anything outside these ranges.
+    """
+    _require_device(x)
+    _require(x.dim() >= 1 and x.dtype in FLOATS, f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}")
+    _require(math.isfinite(sigma) and sigma >= 0, f"sigma must be finite and not negative, not {sigma}")
+    _require(copies >= 1, f"copies must be at least 1, not {copies}")
+    _require(0 <= seed < 2**63, f"seed must be in [0, 2^63), not {seed}")
+    _require(first >= 0 and first + copies <= 2**32, f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}")
+    _require(0 <= stream < 2**16, f"stream must be in [0, 2^16), not {stream}")
+    if image_ids is not None:
+        _require(
+            image_ids.dtype == torch.int64 and image_ids.shape == x.shape[:1] and image_ids.device == x.device,
+            f"image_ids must be int64 [{x.shape[0]}] on {x.device}",
+        )
+    _require((mean is None) == (std is None), "mean and std come together")
+    shift, spread = _channel_numbers(mean, "mean", x), _channel_numbers(std, "std", x)
+    pixels = x if x.dtype == torch.float32 else x.float()
+    if out is not None:
+        _require(dtype is None and memory_format is None, "out has its own dtype and memory_format")
+        _require(
+            out.dtype in FLOATS and out.device == x.device and out.shape == (x.shape[0] * copies, *x.shape[1:]),
+            f"out must be {(x.shape[0] * copies, *x.shape[1:])} on {x.device}, not {tuple(out.shape)} on {out.device}",
+        )
+        _require(
+            out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)),
+            "out must be contiguous or channels_last",
+        )
+        if out.numel() > 0:
+            _ops.noisy_copies_(out, pixels, image_ids, float(sigma), seed, first, stream, shift, spread)
+        return out
+    dtype = x.dtype if dtype is None else dtype
+    _require(dtype in FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    last = memory_format == torch.channels_last
+    _require(
+        last or memory_format in (None, torch.contiguous_format), f"memory_format must be contiguous or channels_last, not {memory_format}"
+    )
+    _require(not last or x.dim() == 4, "channels_last needs x [B, C, H, W]")
+    if x.numel() == 0:
+        return x.new_empty((x.shape[0] * copies, *x.shape[1:]), dtype=dtype)
+    return _ops.noisy_copies(pixels, image_ids, float(sigma), copies, seed, first, stream, dtype, last, shift, spread)
+
+
+def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
+    """Votes: counts[image_index[m], argmax(logits[m])] += 1 for every row m, in one pass; the lowest index wins a tie.
+
+    In plain torch ``counts.index_put_((image_index, logits.argmax(1)), one, accumulate=True)``.
+
+    Args:
+        counts: int64 [N, classes], contiguous, changed in place.
+        logits: float32, bfloat16 or float16 [M, classes].
+        image_index: int64 [M] in [0, N).  On the CPU an index outside raises; on CUDA its row is left out.
+
+    Returns:
+        int64 [N]: per image the rows that hold a NaN.  They are counted here and never voted.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or devices.
+    """
+    _require_device(counts)
+    _require(counts.dtype == torch.int64 and counts.dim() == 2 and counts.is_contiguous(), "counts must be a contiguous int64 [N, classes]")
+    _require(
+        logits.dim() == 2 and logits.shape[1] == counts.shape[1] and logits.shape[1] > 0 and logits.dtype in FLOATS,
+        f"logits must be float32, bfloat16 or float16 [M, {counts.shape[1]}], not {logits.dtype} {tuple(logits.shape)}",
+    )
+    _require(
+        image_index.dtype == torch.int64 and image_index.shape == logits.shape[:1], f"image_index must be int64 [{logits.shape[0]}]"
+    )
+    _require(counts.device == logits.device == image_index.device, "counts, logits and image_index must be on one device")
+    if counts.device.type == "cpu" and not torch.compiler.is_compiling() and image_index.numel() > 0:
+        low, high = image_index.aminmax()
+        _require(0 <= int(low) and int(high) < counts.shape[0], f"image_index must be in [0, {counts.shape[0]})")
+    return _ops.add_votes_(counts, logits.detach(), image_index)
+
+
+def _clopper_pearson(k: Tensor, n: Tensor | int, alpha: Tensor | float, upper: bool) -> Tensor:
+    _require_device(k)
+    _require(k.dtype == torch.int64, f"k must be int64, not {k.dtype}")
+    n = torch.as_tensor(n, dtype=torch.int64, device=k.device)
+    alpha = torch.as_tensor(alpha, dtype=torch.float64, device=k.device)
+    k, n, alpha = torch.broadcast_tensors(k, n, alpha)
+    if not torch.compiler.is_compiling():
+        _require(bool(((n >= 1) & (n < 2**31)).all()), "n must be in [1, 2^31)")
+        _require(bool(((k >= 0) & (k <= n)).all()), "k must be in [0, n]")
+        _require(bool(((alpha >= 1e-300) & (alpha < 1)).all()), "alpha must be in (0, 1), at least 1e-300")
+    return _ops.clopper_pearson(k.contiguous(), n.contiguous(), alpha.contiguous(), upper)
+
+
+def clopper_pearson_lower(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> Tensor:
+    """The one-sided Clopper-Pearson lower bound of a proportion at level 1 - alpha, rounded down.
+
+    The p with P(Binomial(n, p) >= k) = alpha, ``scipy.stats.beta.ppf(alpha, k, n - k + 1)``; 0 where k = 0.  Never above
+    the exact bound and within 1 ULP of it (Clopper and Pearson 1934).
+
+    Args:
+        k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-300 <= alpha < 1, numbers or tensors that
+            broadcast with k.  Under torch.compile nothing is checked and a bound outside its range is NaN.
+
+    Returns:
+        float64 of the broadcast shape.
+
+    Raises:
+        ValueError: for anything outside these ranges.
+    """
+    return _clopper_pearson(k, n, alpha, False)
+
+
+def clopper_pearson_upper(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> Tensor:
+    """The one-sided Clopper-Pearson upper bound of a proportion at level 1 - alpha, rounded up.
+
+    The p with P(Binomial(n, p) <= k) = alpha, ``scipy.stats.beta.ppf(1 - alpha, k + 1, n - k)``; 1 where k = n.
+    Arguments, result and errors as for `clopper_pearson_lower`.
+    """
+    return _clopper_pearson(k, n, alpha, True)
+
+
+def normal_quantile(p: Tensor, *, rounding: str = "down") -> Tensor:
+    """Phi^-1(p), the standard normal quantile, rounded ``"down"`` or ``"up"``: ``torch.special.ndtri`` as a bound.
+
+    Args:
+        p: float64, any shape, in [0, 1]; 0 and 1 give -inf and inf, anything outside NaN.
+
+    Returns:
+        float64 of the same shape, never on the wrong side of the exact quantile and within 1 ULP of it for
+        p in [1e-300, 1).
+
+    Raises:
+        ValueError: for another dtype or rounding.
+    """
+    _require_device(p)
+    _require(p.dtype == torch.float64, f"p must be float64, not {p.dtype}")
+    _require(rounding in ("down", "up"), f'rounding must be "down" or "up", not {rounding!r}')
+    return _ops.normal_quantile(p.contiguous(), rounding == "up")
+
+
+# What the compiler needs: shapes without data, and gradients.
+
+
+@torch.library.register_fake("pacd_fast::noisy_copies_")
+def _(out, x, image_ids, sigma, seed, first, stream, mean, std):
+    return None
+
+
+@torch.library.register_fake("pacd_fast::noisy_copies")
+def _(x, image_ids, sigma, copies, seed, first, stream, dtype, channels_last, mean, std):
+    shape = (x.shape[0] * copies, *x.shape[1:])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
+@torch.library.register_fake("pacd_fast::add_votes_")
+def _(counts, logits, image_index):
+    return counts.new_empty(counts.shape[:1])
+
+
+@torch.library.register_fake("pacd_fast::clopper_pearson")
+def _(k, n, alpha, upper):
+    return k.new_empty(k.shape, dtype=torch.float64)
+
+
+@torch.library.register_fake("pacd_fast::normal_quantile")
+def _(p, up):
+    return torch.empty_like(p, memory_format=torch.contiguous_format)
+
+
+def _noisy_copies_setup(ctx, inputs, output):
+    x, _, _, copies, *_, std = inputs
+    ctx.copies, ctx.shape, ctx.std = copies, x.shape, std
+
+
+def _noisy_copies_backward(ctx, grad):
+    summed = grad.float().reshape(ctx.shape[0], ctx.copies, *ctx.shape[1:]).sum(1)
+    if ctx.std is not None:
+        summed = summed * (1 / ctx.std).reshape(1, -1, *[1] * (len(ctx.shape) - 2))
+    return summed, *[None] * 10
+
+
+torch.library.register_autograd("pacd_fast::noisy_copies", _noisy_copies_backward, setup_context=_noisy_copies_setup)
