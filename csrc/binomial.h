@@ -90,7 +90,7 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
   // A start below the root costs a few steps, one above it is brought below by the first step: k/n is above for
   // alpha <= 1/2, and the union bound C(n, k) p^k = alpha is always below.
   const double spread = ::sqrt(-2.0 * target.hi * count * rest / static_cast<double>(n));
-  double log_p = ::fmax((target.hi - log_choose.hi) / count, ::log(::fmax(count - spread, 1e-300) / static_cast<double>(n)));
+  double log_p = ::fmax((target.hi - log_choose.hi) / count, ::log(::fmax(count - spread, 1e-280) / static_cast<double>(n)));
   for (int step = 0; step < 60; ++step) {
     const double p = ::exp(log_p);
     if (!(p < 1.0)) {
@@ -117,12 +117,12 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
 PACD_HD inline Dd log_binomial(int64_t n, int64_t k) { return log_factorial(n) - log_factorial(k) - log_factorial(n - k); }
 
 // The largest double p that could be verified with P(Binomial(n, p) >= k) <= alpha: the Clopper-Pearson lower bound.
-// 0 <= k <= n, 1 <= n < 2^31, 1e-300 <= alpha < 1; anything else gives NaN.  Within 1 ULP of the exact bound.
+// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha < 1; anything else gives NaN.  Within 1 ULP of the exact bound.
 PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) {
-  if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-300 && alpha < 1.0)) return NAN;
+  if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha < 1.0)) return NAN;
   if (k == 0) return 0.0;
   const Dd log_choose = log_binomial(n, k);
-  const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 1000.0);
+  const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
   const Dd solution = solve_binomial_tail(n, k, log_choose, alpha);
   double p = solution.lo < 0.0 ? next_below(solution.hi) : solution.hi;
   if (!(p < 1.0)) p = 1.0 - 0x1p-53;
@@ -133,11 +133,11 @@ PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) 
 // The smallest double p that could be verified with P(Binomial(n, p) <= k) <= alpha: the upper bound.
 // Failures are the successes of 1 - p; the equation is solved there, and 1 - p is never rounded on the way.
 PACD_HD inline double clopper_pearson_upper(int64_t k, int64_t n, double alpha) {
-  if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-300 && alpha < 1.0)) return NAN;
+  if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha < 1.0)) return NAN;
   if (k == n) return 1.0;
   const int64_t failures = n - k;
   const Dd log_choose = log_binomial(n, failures);
-  const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 1000.0);
+  const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
   const Dd solution = Dd(1.0) - solve_binomial_tail(n, failures, log_choose, alpha);
   double p = solution.lo > 0.0 ? next_above(solution.hi) : solution.hi;
   while (p < 1.0 && !(log_tail_above(n, failures, log_choose, two_sum(1.0, -p), Dd(p)).bound <= target)) p = next_above(p);

@@ -61,7 +61,7 @@ PACD_INLINE bool operator<=(Dd a, Dd b) { return !(b < a); }
 // An exact scaling by a power of two, for results inside the normal range.
 PACD_INLINE Dd scale(Dd a, int exponent) { return {::ldexp(a.hi, exponent), ::ldexp(a.lo, exponent)}; }
 
-// exp(x) for |x| < 700; relative error below 2^-96 * max(1, |x|).
+// exp(x) for |x| < 650 (the low part stays a normal number); relative error below 2^-96 * max(1, |x|).
 PACD_HD inline Dd exp(Dd x) {
   const Dd log2(6.931471805599452862e-01, 2.319046813846299558e-17);
   const double k = ::rint(x.hi / log2.hi);
@@ -77,7 +77,7 @@ PACD_HD inline Dd exp(Dd x) {
   return scale(sum + Dd(1.0), static_cast<int>(k));
 }
 
-// log(x) for normal x > 0; absolute error below 2^-96 * max(1, |log x|).
+// log(x) for x in [1e-280, 1e280]; absolute error below 2^-96 * max(1, |log x|).
 PACD_HD inline Dd log(Dd x) {
   const double y = ::log(x.hi);  // its error e only enters as e^3
   const Dd d = x * exp(Dd(-y)) - Dd(1.0);

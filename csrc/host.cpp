@@ -88,7 +88,7 @@ class Certification {
 // Bounds for k = 0..n.
 py::array_t<double> clopper_pearson_table(int64_t n, double alpha, bool upper) {
   if (n < 1 || n >= (int64_t{1} << 31)) throw py::value_error("n must be in [1, 2^31)");
-  if (!(alpha >= 1e-300 && alpha < 1.0)) throw py::value_error("alpha must be in [1e-300, 1)");
+  if (!(alpha >= 1e-200 && alpha < 1.0)) throw py::value_error("alpha must be in [1e-200, 1)");
   py::array_t<double> table(n + 1);
   double* bounds = table.mutable_data();
   py::gil_scoped_release release;

@@ -66,12 +66,23 @@ struct NoisyCopies {
   float sigma;
   bool channels_last;
 
+  // What all elements of a row share.
+  struct Row {
+    uint64_t image;
+    uint32_t sample;
+    const float* pixels;
+    Out* target;
+  };
+
+  PACD_INLINE Row row(int64_t r) const {
+    const int64_t image = r / copies;
+    return {static_cast<uint64_t>(image_ids ? image_ids[image] : image), static_cast<uint32_t>(first + (r - image * copies)),
+            x + image * elements, out + r * elements};
+  }
+
   // Element e = 64 t + 16 w + lane takes word w of the block 16 t + lane: a tile is 16 counters side by side.
-  PACD_INLINE void draw(int64_t row, int64_t t, int lane, float* numbers, int stride) const {
-    const int64_t image = row / copies;
-    const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
-    const Words words = random_words(seed, stream, id, static_cast<uint32_t>(first + row % copies),
-                                     static_cast<uint32_t>(t * lanes + lane));
+  PACD_INLINE void draw(const Row& at, int64_t t, int lane, float* numbers, int stride) const {
+    const Words words = random_words(seed, stream, at.image, at.sample, static_cast<uint32_t>(t * lanes + lane));
     const NormalPair a = box_muller(words.w0, words.w1);
     const NormalPair b = box_muller(words.w2, words.w3);
     numbers[0 * stride] = a.first;
@@ -86,23 +97,23 @@ struct NoisyCopies {
   }
 
   // One element, anywhere.
-  PACD_INLINE void put(int64_t row, int64_t e, float number) const {
+  PACD_INLINE void put(const Row& at, int64_t e, float number) const {
     const int64_t plane = elements / channels, channel = e / plane;
     const float shift = normalise ? mean[channel] : 0.0f, inverse = normalise ? 1.0f / std[channel] : 1.0f;
     const int64_t place = channels_last ? (e - channel * plane) * channels + channel : e;
-    convert(value(x[row / copies * elements + e], number, shift, inverse), out + row * elements + place);
+    convert(value(at.pixels[e], number, shift, inverse), at.target + place);
   }
 
   // A tile's elements [begin, end) from its numbers, in runs of one channel, whose loops the compiler can vectorise.
-  PACD_INLINE void put_run(int64_t row, int64_t begin, int64_t end, const float* numbers) const {
-    const int64_t plane = elements / channels;
-    const float* pixels = x + row / copies * elements;
-    Out* target = out + row * elements;
+  PACD_INLINE void put_run(const Row& at, int64_t begin, int64_t end, const float* numbers) const {
+    const float* pixels = at.pixels;
+    Out* target = at.target;
     const bool scattered = channels_last && channels > 1;
+    const bool whole = !normalise && !scattered;
+    const int64_t plane = whole ? end : elements / channels;
     while (begin < end) {
-      const bool whole = !normalise && !scattered;
       const int64_t channel = whole ? 0 : begin / plane;
-      const int64_t stop = whole || end < (channel + 1) * plane ? end : (channel + 1) * plane;
+      const int64_t stop = end < (channel + 1) * plane ? end : (channel + 1) * plane;
       const float shift = normalise ? mean[channel] : 0.0f, inverse = normalise ? 1.0f / std[channel] : 1.0f;
       const int length = static_cast<int>(stop - begin);
       if (scattered) {

@@ -15,15 +15,14 @@ PACD_INLINE float log_unit(float u) {
   const int32_t e = shifted >> 23;
   const float m = bits_as<float>((shifted & 0x007FFFFF) + 0x3F3504F3);
   const float f = m - 1.0f;
-  // (log(1 + f) - f + f^2 / 2) / f^3, a weighted least-squares fit of degree 7.
-  float p = -0.07866737246513367f;
-  p = fma(p, f, 0.128810316324234f);
-  p = fma(p, f, -0.13125649094581604f);
-  p = fma(p, f, 0.14181187748908997f);
-  p = fma(p, f, -0.1662491410970688f);
-  p = fma(p, f, 0.20002290606498718f);
-  p = fma(p, f, -0.2500079870223999f);
-  p = fma(p, f, 0.33333316445350647f);
+  // (log(1 + f) - f + f^2 / 2) / f^3, a weighted least-squares fit of degree 6.
+  float p = 0.0892861858010292f;
+  p = fma(p, f, -0.1434648483991623f);
+  p = fma(p, f, 0.14871390163898468f);
+  p = fma(p, f, -0.16566035151481628f);
+  p = fma(p, f, 0.1996603012084961f);
+  p = fma(p, f, -0.250017374753952f);
+  p = fma(p, f, 0.3333383798599243f);
   const float f2 = f * f;
   const float tail = fma(p * f, f2, -0.5f * f2);
   const float k = static_cast<float>(e);
@@ -41,13 +40,11 @@ PACD_INLINE SinCos sincos_turns(uint32_t w) {
   const int32_t rest = static_cast<int32_t>(w - (quadrant << 30));  // in [-2^29, 2^29): an eighth of a turn
   const float x = static_cast<float>(rest) * 1.462918079267160e-9f;  // 2 pi / 2^32
   const float x2 = x * x;
-  float s = fma(2.72500015e-6f, x2, -1.98400874e-4f);
-  s = fma(s, x2, 8.33333188e-3f);
-  s = fma(s, x2, -0.16666666667f);
+  float s = fma(-1.9587841e-4f, x2, 8.3327545e-3f);
+  s = fma(s, x2, -0.16666665f);
   s = fma(s * x2, x, x);
-  float c = fma(-2.73010133e-7f, x2, 2.48006009e-5f);
-  c = fma(c, x2, -1.38888877e-3f);
-  c = fma(c, x2, 4.16666667e-2f);
+  float c = fma(2.4548040e-5f, x2, -1.3888304e-3f);
+  c = fma(c, x2, 4.16666465e-2f);
   c = fma(c * x2, x2, fma(-0.5f, x2, 1.0f));
   const bool odd = quadrant & 1u;
   const uint32_t sin_sign = (quadrant & 2u) << 30;

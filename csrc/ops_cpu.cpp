@@ -6,14 +6,20 @@ namespace {
 
 // The two loops below are compiled once per instruction set; what they call is forced inline into each copy.
 template <class Kernel>
-PACD_CLONES void tiles_between(const Kernel& kernel, int64_t begin, int64_t end, int64_t tiles) {
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / tiles, tile = i % tiles;
-    alignas(64) float numbers[Kernel::tile];
-    for (int lane = 0; lane < Kernel::lanes; ++lane) kernel.draw(row, tile, lane, numbers + lane, Kernel::lanes);
-    const int64_t start = tile * Kernel::tile;
-    const int64_t stop = start + Kernel::tile;
-    kernel.put_run(row, start, stop < kernel.elements ? stop : kernel.elements, numbers);
+PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end, int64_t tiles) {
+  const Kernel kernel = shared;  // a copy: what is written cannot alias it
+  for (int64_t i = begin; i < end;) {
+    const int64_t r = i / tiles, first = i - r * tiles;
+    const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
+    const typename Kernel::Row row = kernel.row(r);
+    for (int64_t tile = first; tile < last; ++tile) {
+      alignas(64) float numbers[Kernel::tile];
+      for (int lane = 0; lane < Kernel::lanes; ++lane) kernel.draw(row, tile, lane, numbers + lane, Kernel::lanes);
+      const int64_t start = tile * Kernel::tile;
+      const int64_t stop = start + Kernel::tile;
+      kernel.put_run(row, start, stop < kernel.elements ? stop : kernel.elements, numbers);
+    }
+    i += last - first;
   }
 }
 

@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
     const int lane = static_cast<int>(i % Kernel::lanes);
-    const int64_t row = i / Kernel::lanes / tiles, tile = i / Kernel::lanes % tiles;
+    const int64_t r = i / Kernel::lanes / tiles, tile = i / Kernel::lanes % tiles;
+    const typename Kernel::Row row = kernel.row(r);
     constexpr int numbers = Kernel::tile / Kernel::lanes;
     float number[numbers];
     kernel.draw(row, tile, lane, number, 1);

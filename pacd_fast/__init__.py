@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 __version__ = version("pacd_fast")
 
-from pacd_fast import ops  # noqa: E402  (loads the compiled libraries, which need the package's path)
+from pacd_fast import ops
+from pacd_fast.certify import Certificate, Certificates, Smooth, certify, certify_each, largest_radius, smallest_n
 
-__all__ = ["__version__", "ops"]
+__all__ = ["Certificate", "Certificates", "Smooth", "__version__", "certify", "certify_each", "largest_radius", "ops", "smallest_n"]

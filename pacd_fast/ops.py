@@ -207,7 +207,7 @@ def _clopper_pearson(k: Tensor, n: Tensor | int, alpha: Tensor | float, upper: b
     if not torch.compiler.is_compiling():
         _require(bool(((n >= 1) & (n < 2**31)).all()), "n must be in [1, 2^31)")
         _require(bool(((k >= 0) & (k <= n)).all()), "k must be in [0, n]")
-        _require(bool(((alpha >= 1e-300) & (alpha < 1)).all()), "alpha must be in (0, 1), at least 1e-300")
+        _require(bool(((alpha >= 1e-200) & (alpha < 1)).all()), "alpha must be in (0, 1), at least 1e-200")
     return _ops.clopper_pearson(k.contiguous(), n.contiguous(), alpha.contiguous(), upper)
 
 
@@ -218,7 +218,7 @@ def clopper_pearson_lower(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> 
     the exact bound and within 1 ULP of it (Clopper and Pearson 1934).
 
     Args:
-        k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-300 <= alpha < 1, numbers or tensors that
+        k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-200 <= alpha < 1, numbers or tensors that
             broadcast with k.  Under torch.compile nothing is checked and a bound outside its range is NaN.
 
     Returns:
@@ -247,7 +247,7 @@ def normal_quantile(p: Tensor, *, rounding: str = "down") -> Tensor:
 
     Returns:
         float64 of the same shape, never on the wrong side of the exact quantile and within 1 ULP of it for
-        p in [1e-300, 1).
+        p in [1e-280, 1).
 
     Raises:
         ValueError: for another dtype or rounding.

@@ -1,0 +1,327 @@
+"""The command pacd-fast: train, certify, summary, plot, merge, info, selftest."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import pacd_fast
+from pacd_fast import datasets, models, plots, results, training
+from pacd_fast.certify import certify_each, check_arguments
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; 0 when it worked, 2 with one line on stderr where the input was wrong, 130 after Ctrl-C."""
+    sys.path.insert(0, os.getcwd())  # a user's package.module:function lies where the command is run
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError, ImportError) as error:
+        print(f"pacd-fast {options.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\npacd-fast {options.command}: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every command's function is its `run`."""
+    top = argparse.ArgumentParser(prog="pacd-fast", description=pacd_fast.__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", run_train, "train a base classifier")
+    _add_model(train)
+    _add_data(train)
+    train.add_argument("--method", choices=["standard", "gaussian"], default="gaussian", help="training loss")
+    train.add_argument("--sigma", type=float, default=0.5, help="noise level of the method, in pixel units (0 to 1)")
+    train.add_argument("--k", type=int, default=1, help="noisy copies of an image in a batch")
+    train.add_argument("--epochs", type=int, default=100)
+    train.add_argument("--batch-size", type=int, default=200)
+    train.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
+    train.add_argument("--weight-decay", type=float, default=0.0)
+    train.add_argument("--augment", action="store_true", help="random flip and pad-4 crop")
+    train.add_argument("--seed", type=int, default=0, help="of initial weights, order and noise")
+    train.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
+    train.add_argument("--resume", action="store_true", help="go on from the last epoch of an interrupted run")
+    train.add_argument("--metrics", help="write a JSON line per epoch to this file")
+    train.add_argument("--out", required=True, help="checkpoint to write (.safetensors)")
+
+    certify = command("certify", run_certify, "certify the images of a split; run again, it resumes")
+    certify.add_argument("--checkpoint", required=True, help="our .safetensors, a state_dict, or locuslab's checkpoint")
+    _add_model(certify, needed=False)
+    _add_data(certify)
+    certify.add_argument("--split", choices=["test", "train", "val"], default="test")
+    certify.add_argument("--sigma", type=float, help="noise level; by default what the checkpoint was trained with")
+    certify.add_argument("--n0", type=int, default=100, help="selection samples per image")
+    certify.add_argument("--n", type=int, default=100_000, help="estimation samples per image")
+    certify.add_argument("--alpha", type=float, default=0.001, help="failure probability of each certificate")
+    certify.add_argument("--skip", type=int, default=1, help="certify every skip-th image")
+    certify.add_argument("--max", type=int, help="stop before this image")
+    certify.add_argument("--target-class", type=int, help="only images of this class")
+    certify.add_argument("--count", type=int, help="a random choice of this many images, decided by --choice")
+    certify.add_argument("--choice", type=int, default=0, help="seed of --count's choice")
+    certify.add_argument("--shard", default="0/1", help="i/m: every m-th of the images, from the i-th; put together by merge")
+    certify.add_argument("--seed", type=int, help="of the noise; by default from the operating system's entropy")
+    certify.add_argument("--dtype", choices=list(DTYPES), default="float32", help="the certificate is for the model in it")
+    certify.add_argument("--device", default="auto")
+    certify.add_argument("--batch-size", type=int, help="rows a forward pass; measured where it is not given")
+    certify.add_argument("--out", required=True, help="results file (.tsv)")
+
+    summary = command("summary", run_summary, "tabulate results files, ours or those of locuslab/smoothing")
+    summary.add_argument("files", nargs="+")
+    summary.add_argument("--radii", type=float, nargs="+", help="where to give the certified accuracy")
+    summary.add_argument("--target-class", type=int)
+    summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    plot = command("plot", run_plot, "draw certified accuracy against radius")
+    plot.add_argument("files", nargs="+")
+    plot.add_argument("--title")
+    plot.add_argument("--out", required=True, help=".png, .pdf or .svg")
+
+    merge = command("merge", run_merge, "put the shards of one run together")
+    merge.add_argument("files", nargs="+")
+    merge.add_argument("--out", required=True)
+
+    command("info", run_info, "versions, SIMD level, threads, CUDA")
+    selftest = command("selftest", run_selftest, "test the noise and the bounds on this machine")
+    selftest.add_argument("--draws", type=int, default=20_000_000, help="normal numbers to draw")
+    selftest.add_argument("--stream", action="store_true", help="write the random bits to stdout, for a test battery")
+    return top
+
+
+def _add_model(sub: argparse.ArgumentParser, needed: bool = True) -> None:
+    text = f"{', '.join(models.BUILT_IN)} or package.module:function"
+    if needed:
+        sub.add_argument("--model", default="mnist-cnn", help=text)
+    else:
+        sub.add_argument("--model", help=f"where the checkpoint does not say it: {text}")
+
+
+def _add_data(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", default="mnist5k", help=f"{', '.join(datasets.NAMES)} or the path of an .npz file")
+    sub.add_argument("--data-dir", help="folder of mnist, fashion-mnist, cifar10 in torchvision's layout")
+    sub.add_argument("--download", action="store_true", help="fetch the data into --data-dir where it is missing")
+    sub.add_argument("--validation", type=int, default=0, help="last training images to hold out as split val")
+
+
+def _data(options: argparse.Namespace) -> datasets.Dataset:
+    return datasets.load(options.data, data_dir=options.data_dir, download=options.download, validation=options.validation)
+
+
+def device_of(name: str) -> torch.device:
+    """cpu, cuda, cuda:i, or auto: CUDA where a device and our operators are there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() and pacd_fast.ops.cuda_library == "loaded" else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:i") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device can be used here; give --device cpu")
+    if device.type == "cuda" and pacd_fast.ops.cuda_library != "loaded":
+        raise ValueError(f"the CUDA operators are {pacd_fast.ops.cuda_library}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:i")
+    return device
+
+
+def run_train(options: argparse.Namespace) -> None:
+    device, data = device_of(options.device), _data(options)
+    loss: training.Loss = (
+        training.Standard() if options.method == "standard" else training.Gaussian(options.sigma, options.k)
+    )
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2^63), not {options.seed}")
+    out = Path(options.out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; create it first")
+    torch.manual_seed(options.seed)
+    mean, std = (models.CIFAR10_MEAN, models.CIFAR10_STD) if data.name == "cifar10" else (None, None)
+    network = models.build(
+        options.model, num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size, mean=mean, std=std
+    )
+    partial = out.with_name(out.name + ".partial")
+    training.fit(
+        network.to(device),
+        data,
+        loss,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        augment=options.augment,
+        seed=options.seed,
+        checkpoint=partial,
+        resume=options.resume,
+        metrics=options.metrics,
+        progress=True,
+    )
+    metadata = {
+        "architecture": options.model,
+        "num_classes": str(data.num_classes),
+        "in_channels": str(data.in_channels),
+        "image_size": "x".join(map(str, data.image_size)),
+        "sigma": "0" if options.method == "standard" else repr(options.sigma),
+        "data": f"{data.name}@{data.fingerprint}",
+        "method": options.method,
+        "epochs": str(options.epochs),
+        "seed": str(options.seed),
+    }
+    models.save_checkpoint(out, network, metadata)
+    partial.unlink(missing_ok=True)
+    images, labels = data.split("test")
+    with torch.inference_mode():
+        parts = [network(datasets.as_float(part).to(device)).argmax(1).cpu() for part in images.split(500)]
+    accuracy = float((torch.cat(parts) == labels).double().mean())
+    print(f"{out}: accuracy without noise on {len(images)} test images {accuracy:.2%}")
+
+
+def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
+    """The indices to certify: class, random choice, stride, end and shard, in this order."""
+    if options.skip < 1:
+        raise ValueError(f"--skip must be at least 1, not {options.skip}")
+    if options.max is not None and options.max < 1:
+        raise ValueError(f"--max must be at least 1, not {options.max}")
+    try:
+        shard, shards = (int(part) for part in options.shard.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard must be i/m like 0/2, not {options.shard!r}") from None
+    if not 0 <= shard < shards:
+        raise ValueError(f"--shard i/m needs 0 <= i < m, not {options.shard}")
+    if options.count is not None:
+        chosen = datasets.random_subset(labels, options.target_class, options.count, options.choice).tolist()
+    else:
+        chosen = [i for i, label in enumerate(labels.tolist()) if options.target_class in (None, label)]
+    chosen = [i for i in chosen if i % options.skip == 0 and (options.max is None or i < options.max)]
+    if not chosen:
+        raise ValueError("no image is left to certify: look at --target-class, --skip and --max")
+    return chosen[shard::shards]
+
+
+def run_certify(options: argparse.Namespace) -> None:
+    device, data = device_of(options.device), _data(options)
+    images, labels = data.split(options.split)
+    chosen = _chosen(options, labels)
+    checkpoint = models.load_checkpoint(
+        options.checkpoint, arch=options.model, num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size
+    )
+    sigma = options.sigma if options.sigma is not None else checkpoint.sigma
+    if not sigma:
+        raise ValueError("the checkpoint does not say which noise it was trained with: give --sigma")
+    existing = results.peek(options.out) if Path(options.out).exists() else None
+    seed = options.seed if options.seed is not None else existing.seed if existing else secrets.randbits(63)
+    run = results.Run(
+        n0=options.n0,
+        n=options.n,
+        alpha=options.alpha,
+        sigma=sigma,
+        seed=seed,
+        dtype=options.dtype,
+        model=f"{checkpoint.arch}@{checkpoint.fingerprint}",
+        data=data.tag(options.split),
+    )
+    check_arguments(options.n0, options.n, options.alpha, sigma, seed)
+    with results.ResultsFile(options.out, run) as file:
+        todo = torch.tensor([i for i in chosen if i not in file.done], dtype=torch.int64)
+        if len(todo) < len(chosen):
+            print(f"{options.out}: {len(chosen) - len(todo)} of {len(chosen)} images are there, {len(todo)} to go", file=sys.stderr)
+        each = certify_each(
+            checkpoint.model.to(device),
+            datasets.as_float(images[todo]),
+            num_classes=checkpoint.num_classes,
+            sigma=sigma,
+            n0=options.n0,
+            n=options.n,
+            alpha=options.alpha,
+            seed=seed,
+            dtype=DTYPES[options.dtype],
+            batch_size=options.batch_size,
+            image_ids=todo,
+            progress=True,
+        )
+        with contextlib.closing(each):
+            for one in each:
+                idx = int(todo[one.index])
+                votes = int(one.counts[one.selected])
+                file.append(results.Row(idx, int(labels[idx]), one.prediction, one.radius, one.p_lower, votes, one.seconds))
+
+
+def _named(files: Sequence[str]) -> dict[str, results.Results]:
+    """The files by name; by path where names repeat."""
+    names = [Path(file).stem for file in files]
+    return {
+        name if names.count(name) == 1 else str(file): results.read(file) for name, file in zip(names, files, strict=True)
+    }
+
+
+def run_summary(options: argparse.Namespace) -> None:
+    read = _named(options.files)
+    if options.json:
+        found = {name: results.summarize(each, options.radii, options.target_class).to_dict() for name, each in read.items()}
+        print(json.dumps(found, indent=2))
+    else:
+        print(results.table(read, options.radii, options.target_class))
+
+
+def run_plot(options: argparse.Namespace) -> None:
+    plots.certified_accuracy(_named(options.files), options.out, options.title)
+    print(options.out)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    print(f"{options.out}: {results.merge(options.files, options.out)} images")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    from pacd_fast._C import build_info
+
+    built = build_info()
+    print(f"pacd_fast     {pacd_fast.__version__}, built by {built['compiler']} with torch {built['built_with_torch']}")
+    print(f"python        {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
+    print(f"SIMD          {built['simd']}")
+    print(f"threads       {torch.get_num_threads()}")
+    print(f"CUDA library  {pacd_fast.ops.cuda_library} (compiled by {built['cuda_compiler']} for {built['cuda_architectures']})")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    print(f"CUDA device   {device}")
+
+
+def run_selftest(options: argparse.Namespace) -> int:
+    from pacd_fast import selftest
+
+    if options.stream:
+        with contextlib.suppress(BrokenPipeError):
+            selftest.write_bits(sys.stdout.buffer)
+        return 0
+    failed = 0
+    for check in selftest.checks(options.draws):
+        print("  ".join(str(value) for value in dataclasses.astuple(check)))
+        failed += check.verdict != "ok"
+    print(f"{'all is well' if not failed else f'{failed} checks failed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

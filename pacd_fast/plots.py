@@ -1,0 +1,115 @@
+"""Pictures from results files, fit for a paper."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pacd_fast.results import Results, Run, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, told apart by colour-blind readers; after it come other dashes.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", "-.")
+
+
+def certified_accuracy(
+    results: Mapping[str, Results], out_path: str | os.PathLike[str], title: str | None = None
+) -> None:
+    """Draw certified accuracy against radius, one line per name, and the distribution of the bounds on p_A.
+
+    The curve is exact: at r, the fraction of images with the right class and a radius of at least r. A dotted line
+    marks the largest radius that (n, alpha, sigma) can certify, sigma * Phi^-1(alpha^(1/n)), where the file says them.
+    The second panel is drawn where a file has p_lower: the fraction of images whose bound is at most p.
+    out_path: its ending chooses the format (.png, .pdf, .svg).
+    Raises ValueError for no results or an unknown ending, FileNotFoundError where the folder does not exist.
+    """
+    # Imported here because it takes long, and without pyplot, so that no window system or global state is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out_path = Path(out_path)
+    if not results:
+        raise ValueError("no results to draw")
+    if not out_path.parent.is_dir():
+        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    with_bounds = {name: result.p_lower for name, result in results.items() if result.p_lower is not None}
+    figure = Figure(figsize=(7.2 if with_bounds else 4.8, 3.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
+        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+
+    styles = {
+        name: (_COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
+        for i, name in enumerate(results)
+    }
+    if with_bounds:
+        curves, bounds = figure.subplots(1, 2, width_ratios=(2.1, 1))
+        _draw_bounds(bounds, with_bounds, styles)
+    else:
+        curves = figure.subplots()
+    _draw_curves(curves, results, styles)
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(out_path, dpi=200)
+
+
+def _draw_curves(axes: Axes, results: Mapping[str, Results], styles: Mapping[str, tuple[str, str]]) -> None:
+    limits: dict[float, str] = {}
+    right = 0.0
+    for name, result in results.items():
+        colour, dash = styles[name]
+        radii, accuracy = _curve(result)
+        right = max(right, radii[-1])
+        label = f"{name} (ACR {summarize(result).acr:.3f})"
+        axes.plot(radii, accuracy, dash, color=colour, drawstyle="steps-pre", linewidth=1.4, label=label)
+        if result.run is not None:
+            limit = _largest_radius(result.run)
+            limits[limit] = colour if limit not in limits else "0.4"  # grey where several lines share it
+    for limit, colour in limits.items():
+        right = max(right, limit)
+        axes.axvline(limit, ymax=0.6, color=colour, linestyle=":", linewidth=1.1)  # the legend is above it
+    if limits:
+        axes.plot([], [], ":", color="0.4", linewidth=1.1, label="largest radius at this n")
+    axes.set_xlim(0, right * 1.03 if right > 0 else 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel(r"$\ell_2$ radius")
+    axes.set_ylabel("certified accuracy")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _draw_bounds(axes: Axes, bounds: Mapping[str, np.ndarray], styles: Mapping[str, tuple[str, str]]) -> None:
+    for name, p_lower in bounds.items():
+        colour, dash = styles[name]
+        p = np.sort(p_lower)
+        fractions = np.arange(1, len(p) + 1) / len(p)
+        axes.plot([0, *p, 1], [0, *fractions, 1], dash, color=colour, drawstyle="steps-post", linewidth=1.4)
+    axes.axvline(0.5, color="0.4", linestyle=":", linewidth=1.1)
+    axes.text(0.48, 0.98, "abstains", ha="right", va="top", fontsize=8, color="0.4")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel(r"lower bound on $p_A$")
+    axes.set_ylabel("fraction of images at or below")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _curve(result: Results) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the exact step curve: between radii[i - 1] (excluded) and radii[i] its height is accuracy[i]."""
+    radii = np.sort(result.radius[result.correct])
+    heights = np.arange(len(radii), -1, -1) / len(result)
+    return np.concatenate([[0.0], radii, [radii.max(initial=0.0)]]), np.concatenate([heights[:1], heights])
+
+
+def _largest_radius(run: Run) -> float:
+    """sigma * Phi^-1(alpha^(1/n)), or 0 where n is too small to certify anything; to plotting accuracy only."""
+    return max(0.0, run.sigma * NormalDist().inv_cdf(run.alpha ** (1 / run.n)))

@@ -1,0 +1,103 @@
+"""The operators and loops in a few lines of torch, numpy or scipy: specification and baseline of the compiled ones.
+
+Imported by tests and benchmarks only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.stats import beta, norm
+from statsmodels.stats.proportion import proportion_confint
+from torch import Tensor
+
+MASK = np.uint64(0xFFFFFFFF)
+
+
+def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10 of uint32 counters [..., 4]; Salmon et al. 2011."""
+    w0, w1, w2, w3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * w0, np.uint64(0xCD9E8D57) * w2
+        w0, w1, w2, w3 = (p1 >> np.uint64(32)) ^ w1 ^ np.uint64(k0), p1 & MASK, (p0 >> np.uint64(32)) ^ w3 ^ np.uint64(k1), p0 & MASK
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([w0, w1, w2, w3], -1).astype(np.uint32)
+
+
+def standard_normals(elements: int, seed: int, stream: int, image: int, sample: int) -> np.ndarray:
+    """The noise of one sample as float64 [elements], in exact arithmetic of its random words."""
+    tiles = -(-elements // 64)
+    counter = np.zeros((tiles * 16, 4), np.uint32)
+    counter[:, 0] = np.arange(tiles * 16)
+    counter[:, 1:] = sample, image & 0xFFFFFFFF, (stream << 16) | (image >> 32)
+    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    # uniforms are rounded to float32 on the way, which is all that single precision does near u = 1
+    u = (words[:, 0::2].astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32).astype(np.float64)
+    radius, angle = np.sqrt(np.maximum(-2 * np.log(u), 0)), words[:, 1::2].astype(np.float64) * (2 * np.pi / 2**32)
+    numbers = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)  # [counter, pair, (cos, sin)]
+    return numbers.reshape(tiles, 16, 4).transpose(0, 2, 1).reshape(-1)[:elements]
+
+
+def noisy_copies(x, sigma, copies=1, seed=0, *, first=0, image_ids=None, stream=0, dtype=None, memory_format=None, mean=None, std=None):
+    """`pacd_fast.ops.noisy_copies`, computed in float64 and rounded once."""
+    ids = range(len(x)) if image_ids is None else image_ids.tolist()
+    noise = np.stack([standard_normals(x[0].numel(), seed, stream, i, first + j) for i in ids for j in range(copies)])
+    y = x.double().repeat_interleave(copies, 0) + sigma * torch.from_numpy(noise).reshape(-1, *x.shape[1:])
+    if mean is not None:
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        y = (y - torch.as_tensor(mean, dtype=torch.float64).reshape(shape)) / torch.as_tensor(std, dtype=torch.float64).reshape(shape)
+    return y.to(dtype or x.dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+
+
+def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
+    """`pacd_fast.ops.add_votes_`."""
+    nan = logits.isnan().any(1)
+    votes, index = logits.float().argmax(1)[~nan], image_index[~nan]
+    counts.index_put_((index, votes), torch.ones_like(index), accumulate=True)
+    return torch.bincount(image_index[nan], minlength=len(counts))
+
+
+def clopper_pearson_lower(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> Tensor:
+    """`pacd_fast.ops.clopper_pearson_lower`, not rounded outward."""
+    k, n, alpha = torch.broadcast_tensors(k, torch.as_tensor(n), torch.as_tensor(alpha, dtype=torch.float64))
+    bound = beta.ppf(alpha.numpy(), k.numpy().clip(1), (n - k).numpy() + 1)
+    return torch.where(k == 0, 0.0, torch.from_numpy(np.asarray(bound)))
+
+
+def clopper_pearson_upper(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> Tensor:
+    """`pacd_fast.ops.clopper_pearson_upper`, not rounded outward."""
+    k, n, alpha = torch.broadcast_tensors(k, torch.as_tensor(n), torch.as_tensor(alpha, dtype=torch.float64))
+    bound = beta.isf(alpha.numpy(), k.numpy() + 1, (n - k).numpy().clip(1))
+    return torch.where(k == n, 1.0, torch.from_numpy(np.asarray(bound)))
+
+
+def normal_quantile(p: Tensor, *, rounding: str = "down") -> Tensor:
+    """`pacd_fast.ops.normal_quantile`, not rounded outward."""
+    return torch.from_numpy(np.asarray(norm.ppf(p.numpy())))
+
+
+class Smooth:
+    """CERTIFY as it was published (Cohen et al. 2019), written plainly: the baseline of every speed figure."""
+
+    def __init__(self, base_classifier, num_classes: int, sigma: float):
+        self.base_classifier, self.num_classes, self.sigma = base_classifier, num_classes, sigma
+
+    def certify(self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int = 1000) -> tuple[int, float]:
+        self.base_classifier.eval()
+        selected = int(self.sample_noise(x, n0, batch_size).argmax())
+        hits = int(self.sample_noise(x, n, batch_size)[selected])
+        p_lower = float(proportion_confint(hits, n, alpha=2 * alpha, method="beta")[0])
+        return (-1, 0.0) if p_lower < 0.5 else (selected, self.sigma * float(norm.ppf(p_lower)))
+
+    def sample_noise(self, x: Tensor, num: int, batch_size: int) -> np.ndarray:
+        with torch.no_grad():
+            counts = np.zeros(self.num_classes, dtype=int)
+            while num > 0:
+                this = min(batch_size, num)
+                num -= this
+                batch = x.repeat((this, *[1] * x.dim()))
+                noise = torch.randn_like(batch) * self.sigma
+                for prediction in self.base_classifier(batch + noise).argmax(1).cpu().numpy():
+                    counts[prediction] += 1
+            return counts

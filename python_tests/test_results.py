@@ -1,0 +1,425 @@
+"""The results file survives kills, never mixes runs, rounds down, and its summaries equal counting by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from pacd_fast.results import COLUMNS, ResultsFile, Row, Run, merge, peek, read, round_down, summarize, table
+
+RUN = Run(100, 100_000, 0.001, 0.5, 2**64 - 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
+HEADER = "\t".join(COLUMNS) + "\n"
+
+# Columns and form of what certify.py of locuslab/smoothing writes; older versions wrote seconds as a number.
+LOCUSLAB = (
+    "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    "0\t3\t3\t0.486\t1\t16.6\n20\t7\t7\t1.22\t1\t0:00:17.5\n100\t4\t-1\t0.0\t0\t1 day, 0:00:01\n"
+    "340\t2\t4\t0.172\t0\t17\n"
+)
+
+
+def row(idx, label=3, predict=3, radius=0.7, p_lower=0.92, count=93_000, time=1.25):
+    return Row(idx, label, predict, radius, p_lower, count, time)
+
+
+def rows(count, seed=0):
+    generator = random.Random(seed)
+    for idx in range(count):
+        p = generator.random()
+        predict = generator.randrange(3) if p > 0.5 else -1
+        radius = generator.random() * 2 if predict >= 0 else 0.0
+        yield row(idx, generator.randrange(3), predict, radius, p, int(p * 100_000), generator.random())
+
+
+def write(path, some_rows, run=RUN):
+    with ResultsFile(path, run) as file:
+        for one in some_rows:
+            if one.idx not in file.done:
+                file.append(one)
+    return path
+
+
+def without_time(path):
+    return [line.rsplit("\t", 1)[0] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("decimals", [6, 9])
+def test_round_down_is_below_and_closest(decimals):
+    generator = random.Random(1)
+    values = [0.0, 0.1, 0.3, 0.5, 1.0, 1.9, 1 - 2**-53, 5e-324, 1e-7, 0.001, 123.456789012345]
+    values += [generator.random() * 4 for _ in range(2000)]
+    values += [math.nextafter(k / 10**6, up) for k in range(1, 2000) for up in (0, 2)]
+    for value in values:
+        text = round_down(value, decimals)
+        assert len(text.partition(".")[2]) == decimals
+        assert "E" not in text
+        assert Decimal(text) <= Decimal(value) < Decimal(text) + Decimal(1).scaleb(-decimals)
+        assert float(text) <= value
+    # 0.3 is 0.299999999999999988897769753748 as a double.
+    assert round_down(0.3, 6) == "0.299999"
+    assert round_down(0.5, 6) == "0.500000"
+
+
+def test_one_row_as_text(tmp_path):
+    path = write(tmp_path / "r.tsv", [row(7, 3, 3, 1.23456789, 0.9876543219, 99_000, 0.5), row(8, 3, -1, 0.0, 0.4)])
+    header, first, second, end = path.read_text().split("\n")
+    assert (
+        header
+        == "idx label predict radius correct p_lower count n0 n alpha sigma seed dtype model data time".replace(
+            " ", "\t"
+        )
+    )
+    run = "100\t100000\t0.001\t0.5\t18446744073709551615\tfloat32\tmnist-cnn@0123456789ab\tmnist5k-test@c0b26e9ecbbb"
+    assert first == f"7\t3\t3\t1.234567\t1\t0.987654321\t99000\t{run}\t0.500000"
+    assert second == f"8\t3\t-1\t0.000000\t0\t0.400000000\t93000\t{run}\t1.250000"
+    assert end == ""
+
+
+def test_numpy_scalars_are_written_as_numbers(tmp_path):
+    run = dataclasses.replace(RUN, sigma=np.float64(0.1), n=np.int64(100_000), alpha=np.float64(1e-12))
+    one = row(np.int64(0), np.int64(3), np.int64(3), np.float64(0.7), np.float64(0.92), np.int64(5), np.float32(1))
+    assert peek(write(tmp_path / "r.tsv", [one], run)) == dataclasses.replace(RUN, sigma=0.1, alpha=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1 / 3, 1e-12, 5e-324, 0.25, 1.7976931348623157e308])
+def test_sigma_and_alpha_read_back_as_the_same_double(tmp_path, value):
+    run = dataclasses.replace(RUN, sigma=value, alpha=value)
+    assert peek(write(tmp_path / "r.tsv", [row(0)], run)) == run
+
+
+def test_pandas_and_the_published_analysis_read_it(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    path = write(tmp_path / "r.tsv", rows(200))
+    frame = pandas.read_csv(path, delimiter="\t")
+    assert tuple(frame.columns) == COLUMNS
+    assert not frame.isna().any().any()
+    ours = summarize(read(path), [0.0, 0.5, 1.0])
+    published = [(frame["correct"] & (frame["radius"] >= r)).mean() for r in (0.0, 0.5, 1.0)]
+    assert ours.certified_accuracy == pytest.approx(published, abs=0)
+
+
+def test_read_returns_what_was_written(tmp_path):
+    written = list(rows(50))
+    results = read(write(tmp_path / "r.tsv", written))
+    assert len(results) == 50
+    assert results.run == RUN
+    for i, one in enumerate(written):
+        assert (results.idx[i], results.label[i], results.predict[i]) == (one.idx, one.label, one.predict)
+        assert results.correct[i] == (one.label == one.predict)
+        assert 0 <= one.radius - results.radius[i] <= 1e-6 + 1e-15
+        assert 0 <= one.p_lower - results.p_lower[i] <= 1e-9 + 1e-15
+        assert results.count[i] == one.count
+        assert abs(results.time[i] - one.time) < 1e-6
+
+
+def test_resume_after_a_cut_at_every_byte(tmp_path):
+    written = list(rows(3))
+    whole = write(tmp_path / "whole.tsv", written).read_bytes()
+    path = tmp_path / "r.tsv"
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        lines = whole[:cut].count(b"\n")
+        assert peek(path) == (RUN if lines > 1 else None)
+        with ResultsFile(path, RUN) as file:
+            assert file.done == set(range(max(0, lines - 1)))
+            assert path.read_bytes() == whole[: max(len(HEADER), whole[:cut].rfind(b"\n") + 1)]
+            for one in written:
+                if one.idx not in file.done:
+                    file.append(one)
+        assert path.read_bytes() == whole
+
+
+def test_resume_after_sigkill(tmp_path):
+    path = tmp_path / "r.tsv"
+    program = (
+        "import itertools, sys; from pacd_fast.results import *\n"
+        f"file = ResultsFile(sys.argv[1], {RUN!r})\n"
+        "for idx in itertools.count():\n"
+        "    if idx not in file.done: file.append(Row(idx, 3, 3, 0.5, 0.9, 95, 1.0))\n"
+        "    if idx == 200: print(flush=True)\n"
+    )
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    results = read(path)
+    assert results.idx.tolist() == list(range(len(results)))
+    assert len(results) > 200
+
+
+def test_rows_are_on_disk_at_once(tmp_path):
+    with ResultsFile(tmp_path / "r.tsv", RUN) as file:
+        for idx in range(3):
+            file.append(row(idx))
+            assert read(tmp_path / "r.tsv").idx.tolist() == list(range(idx + 1))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("n0", 10), ("n", 1000), ("alpha", 0.01), ("sigma", math.nextafter(0.5, 1)), ("seed", 1), ("dtype", "bfloat16"),
+     ("model", "mnist-cnn@ffffffffffff"), ("data", "mnist-test@c0b26e9ecbbb")],
+)  # fmt: skip
+def test_another_run_is_refused_and_nothing_changed(tmp_path, column, value):
+    path = write(tmp_path / "r.tsv", [row(i, count=9) for i in range(3)], dataclasses.replace(RUN, **{column: value}))
+    path.write_text(path.read_text() + "3\t1\t")
+    before = path.read_bytes()
+    message = (
+        f"{path} is another run: {column} is {value} there and {getattr(RUN, column)} here; choose another --out or"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ResultsFile(path, RUN)
+    assert path.read_bytes() == before
+
+
+def test_other_files_are_refused_and_not_changed(tmp_path):
+    path = tmp_path / "r.tsv"
+    for content in (
+        b"precious notes",
+        b"precious\nnotes\n",
+        b"\xff\xfe\n",
+        LOCUSLAB.encode(),
+        b"\n",
+        HEADER.encode() + b"1\t2\n",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not a results file|2 columns instead of 16"):
+            ResultsFile(path, RUN)
+        assert path.read_bytes() == content
+    with pytest.raises(ValueError, match="is a folder"):
+        ResultsFile(tmp_path, RUN)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        ResultsFile(tmp_path / "absent" / "r.tsv", RUN)
+
+
+def test_two_writers(tmp_path):
+    with ResultsFile(tmp_path / "r.tsv", RUN), pytest.raises(ValueError, match="being written by another process"):
+        ResultsFile(tmp_path / "r.tsv", RUN)
+    ResultsFile(tmp_path / "r.tsv", RUN).close()
+
+
+def test_impossible_rows_are_not_written(tmp_path):
+    path = tmp_path / "r.tsv"
+    with ResultsFile(path, RUN) as file:
+        file.append(row(0))
+        for bad, message in [
+            (row(0), "stands in .* already"),
+            (row(-1), "negative"),
+            (row(1, predict=-2), "negative"),
+            (row(1, radius=math.nan), "radius nan"),
+            (row(1, radius=math.inf), "radius inf"),
+            (row(1, radius=-0.1), "radius -0.1"),
+            (row(1, predict=-1), "abstained with radius"),
+            (row(1, p_lower=1.1), "p_lower 1.1"),
+            (row(1, p_lower=math.nan), "p_lower nan"),
+            (row(1, count=100_001), "count 100001 is not in 0..100000"),
+            (row(1, count=None), "missing"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                file.append(bad)
+    assert read(path).idx.tolist() == [0]
+
+
+@pytest.mark.parametrize("text", ["a\tb", "a\nb", "", 'a"b', "a\u2028b"])
+def test_names_that_would_break_a_row(text):
+    with pytest.raises(ValueError, match="model must be printable"):
+        dataclasses.replace(RUN, model=text)
+
+
+def test_locuslab_files(tmp_path):
+    path = tmp_path / "sigma_0.50"
+    path.write_text(LOCUSLAB)
+    results = read(path)
+    assert results.idx.tolist() == [0, 20, 100, 340]
+    assert results.predict.tolist() == [3, 7, -1, 4]
+    assert results.correct.tolist() == [True, True, False, False]
+    assert results.time.tolist() == [16.6, 17.5, 86401.0, 17.0]
+    assert (results.p_lower, results.count, results.run) == (None, None, None)
+    summary = summarize(results)
+    assert summary.acr == (0.486 + 1.22) / 4
+    assert summary.p_lower_quantiles is None
+    assert summary.radii == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert summary.certified_accuracy == (0.5, 0.5, 0.25, 0.25, 0.25)
+    assert "p_A" not in table({"a": results})
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: "", "is empty"),
+        (lambda t: HEADER, "no certified image in it yet"),
+        (lambda t: t.replace("radius", "Radius"), "is not a results file"),
+        (lambda t: t.replace("\t0.5\t", "\thalf\t", 1), "line 2: malformed row (could not convert"),
+        (lambda t: t.replace("\n1\t", "\n1.0\t"), "line 3: malformed row (invalid literal"),
+        (lambda t: t.replace("\n2\t", "\n1\t"), "line 4: image 1 stands in the file twice"),
+        (lambda t: t.replace("\n1\t3\t3", "\n1\t3\t2"), "line 3: malformed row (correct is 1 for label 3 and"),
+        (lambda t: t.replace("\n1\t3\t3\t0.6", "\n1\t3\t3\t-0.6"), "line 3: malformed row (radius -0.6"),
+        (lambda t: t.replace("\n1\t3\t3\t0.699999", "\n1\t3\t3\tnan"), "line 3: malformed row (radius nan"),
+        (lambda t: t.replace("\t1.250000\n", "\n", 1), "line 2: 15 columns instead of 16"),
+        (lambda t: t.replace("\n1\t", "\n\n1\t"), "line 3: 1 columns instead of 16"),
+        (lambda t: t.replace("float32", "bfloat16", 1), "line 3 is another run: dtype is float32 there and bfloat16"),
+    ],
+)  # fmt: skip
+def test_malformed_files(tmp_path, edit, message):
+    path = write(tmp_path / "r.tsv", [row(idx) for idx in range(3)])
+    assert edit(path.read_text()) != path.read_text()
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_read_several_files(tmp_path):
+    first = write(tmp_path / "a.tsv", [row(0), row(2)])
+    second = write(tmp_path / "b.tsv", [row(1)])
+    assert read([first, second]).idx.tolist() == [0, 2, 1]
+    with pytest.raises(ValueError, match="image 0 stands both in"):
+        read([first, first])
+    other = write(tmp_path / "c.tsv", [row(5)], dataclasses.replace(RUN, seed=5))
+    with pytest.raises(ValueError, match=r"c\.tsv is another run: seed is 5 there"):
+        read([first, other])
+    published = tmp_path / "d.tsv"
+    published.write_text(LOCUSLAB.replace("\n0\t", "\n7\t"))
+    with pytest.raises(ValueError, match="differ in format"):
+        read([first, published])
+    for nothing in (tmp_path / "absent.tsv", [tmp_path / "absent.tsv"]):
+        with pytest.raises(FileNotFoundError, match="no such results file"):
+            read(nothing)
+    with pytest.raises(ValueError, match="no file: no certified image"):
+        read([])
+    with pytest.raises(ValueError, match="is a folder"):
+        read(tmp_path)
+    (tmp_path / "b.tsv").write_bytes(b"\xff\xfe\0\0")
+    with pytest.raises(ValueError, match="it is not text"):
+        read(tmp_path / "b.tsv")
+
+
+def test_a_growing_file_can_be_read(tmp_path):
+    path = write(tmp_path / "r.tsv", [row(0), row(1)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert read(path).idx.tolist() == [0]
+    path.write_bytes(whole + b"2\t")
+    assert read(path).idx.tolist() == [0, 1]
+
+
+def test_merge_equals_the_run_without_shards(tmp_path):
+    every = list(rows(21))
+    whole = write(tmp_path / "whole.tsv", every)
+    shards = [write(tmp_path / f"{k}.tsv", [dataclasses.replace(r, time=k) for r in every[k::3]]) for k in range(3)]
+    write(shards[0], every[1:2])  # one image twice, with another time
+    with open(shards[2], "ab") as file:
+        file.write(b"99\t1")  # torn
+    (tmp_path / "empty.tsv").write_text("")
+    for i, order in enumerate(itertools.permutations([*shards, tmp_path / "empty.tsv"])):
+        out = tmp_path / f"merged{i}.tsv"
+        assert merge(order, out) == 21
+        assert without_time(out) == without_time(whole)
+        assert out.read_bytes().endswith(b"\n")
+    with ResultsFile(out, RUN) as file:
+        assert file.done == set(range(21))
+
+
+def test_merge_refuses(tmp_path):
+    first = write(tmp_path / "a.tsv", [row(0), row(1)])
+    with pytest.raises(ValueError, match="exists already"):
+        merge([first], first)
+    disagrees = write(tmp_path / "b.tsv", [row(2), row(1, count=92_999)])
+    with pytest.raises(ValueError, match="image 1 has another count than"):
+        merge([first, disagrees], tmp_path / "out.tsv")
+    other = write(tmp_path / "c.tsv", [row(5, count=9)], dataclasses.replace(RUN, n=1000, n0=1))
+    with pytest.raises(ValueError, match=r"c\.tsv is another run: n0 is 1 there and 100 here"):
+        merge([first, other], tmp_path / "out.tsv")
+    published = tmp_path / "d.tsv"
+    published.write_text(LOCUSLAB)
+    with pytest.raises(ValueError, match="is not a results file"):
+        merge([first, published], tmp_path / "out.tsv")
+    (tmp_path / "e.tsv").write_text(HEADER)
+    with pytest.raises(ValueError, match="no certified image"):
+        merge([tmp_path / "e.tsv"], tmp_path / "out.tsv")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        merge([first], tmp_path / "absent" / "out.tsv")
+    assert not (tmp_path / "out.tsv").exists()
+
+
+def by_hand(tmp_path):
+    return read(
+        write(
+            tmp_path / "hand.tsv",
+            [
+                row(0, 1, 1, 1.0, 0.9),
+                row(1, 1, 1, 0.25, 0.8),
+                row(2, 1, 0, 1.75, 0.7),
+                row(3, 2, -1, 0.0, 0.4),
+                row(4, 2, 2, 0.0, 0.5),
+            ],
+        )
+    )
+
+
+def test_summary_by_hand(tmp_path):
+    summary = summarize(by_hand(tmp_path))
+    assert (summary.images, summary.abstentions, summary.acr, summary.aca) == (5, 1, 1.25 / 5, 2 / 5)
+    assert summary.clean_accuracy == 3 / 5
+    assert summary.radii == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert summary.certified_accuracy == (3 / 5, 2 / 5, 1 / 5, 1 / 5, 1 / 5)
+    # 0.4 0.5 0.7 0.8 0.9, linear between order statistics.
+    assert summary.p_lower_quantiles == pytest.approx({0.05: 0.42, 0.25: 0.5, 0.5: 0.7, 0.75: 0.8, 0.95: 0.88})
+    assert summarize(by_hand(tmp_path), [0.25, 0.26, 9]).certified_accuracy == (2 / 5, 1 / 5, 0)
+
+
+def test_summary_of_one_class(tmp_path):
+    summary = summarize(by_hand(tmp_path), target_class=2)
+    assert (summary.images, summary.abstentions, summary.acr, summary.clean_accuracy) == (2, 1, 0.0, 0.5)
+    assert summary.radii == (0.0,)
+    assert summary.p_lower_quantiles[0.5] == pytest.approx(0.45)
+    with pytest.raises(ValueError, match="no image of class 7 among 5"):
+        summarize(by_hand(tmp_path), target_class=7)
+    for radius in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="radii must be finite"):
+            summarize(by_hand(tmp_path), [radius])
+
+
+def test_summary_as_json(tmp_path):
+    values = json.loads(json.dumps(summarize(by_hand(tmp_path)).to_dict(), allow_nan=False))
+    assert values["acr"] == 0.25
+    assert values["certified_accuracy"] == [0.6, 0.4, 0.2, 0.2, 0.2]
+    assert values["p_lower_quantiles"]["0.5"] == pytest.approx(0.7)
+    assert values["run"]["sigma"] == 0.5
+
+
+def test_table(tmp_path):
+    published = tmp_path / "published.tsv"
+    published.write_text(LOCUSLAB)
+    text = table({"ours": by_hand(tmp_path), "published": read(published)})
+    lines = {line.rsplit(maxsplit=2)[0]: line.split()[-2:] for line in text.splitlines()[1:]}
+    assert text.splitlines()[0].split() == ["ours", "published"]
+    assert lines["images"] == ["5", "4"]
+    assert lines["ACR"] == ["0.2500", "0.4265"]
+    assert lines["abstained"] == ["1", "1"]
+    assert lines["certified at 0.25"] == ["40.00%", "50.00%"]
+    assert lines["certified at 1"] == ["20.00%", "25.00%"]
+    assert "certified at 1.25" not in lines
+    assert lines["p_A quantile 0.5"] == ["0.700000", "-"]
+    assert len({len(line) for line in text.splitlines()}) == 1
+    assert "certified at 0.3" in table({"ours": by_hand(tmp_path)}, [0.3], target_class=1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder_is_an_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        ResultsFile(tmp_path / "r.tsv", RUN)
