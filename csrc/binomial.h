@@ -56,18 +56,20 @@ PACD_INLINE TailSum<Real> tail_sum(int64_t n, int64_t k, Dd odds, double rest) {
 }
 
 // An upper bound on log P(Binomial(n, p) >= k) for 0 < k <= n, 0 < p < 1, q = 1 - p (both in double-double), and S.
+// for_q: as sharp as a q needs that is far smaller than p, rather than p.
 struct LogTail {
   Dd bound;
   double sum;
 };
 
-PACD_HD inline LogTail log_tail_above(int64_t n, int64_t k, Dd log_choose, Dd p, Dd q) {
+PACD_HD inline LogTail log_tail_above(int64_t n, int64_t k, Dd log_choose, Dd p, Dd q, bool for_q) {
   const Dd odds = p / q;
-  // Plain double suffices where its error moves p by less than half of 2^-53; the test is the error bound itself.
+  // Plain double suffices where its error moves what is wanted, p or q, by less than a quarter of 2^-53; the test is the
+  // error bound itself.
   const TailSum<double> quick = tail_sum<double>(n, k, odds, 0x1p-60);
   Dd sum = quick.sum;
   double error = quick.error;
-  if (8.0 * quick.moment > static_cast<double>(k)) {
+  if (16.0 * quick.moment * (for_q ? ::fmax(odds.hi, 1.0) : 1.0) > static_cast<double>(k)) {
     const TailSum<Dd> exact = tail_sum<Dd>(n, k, odds, 0x1p-110);
     sum = exact.sum;
     error = exact.error;
@@ -80,7 +82,7 @@ PACD_HD inline LogTail log_tail_above(int64_t n, int64_t k, Dd log_choose, Dd p,
 }
 
 // The solution p of P(Binomial(n, p) >= k) = alpha for 0 < k <= n, 0 < alpha < 1, to about 2^-90; not yet rounded.
-PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, double alpha) {
+PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, double alpha, bool for_q) {
   const double count = static_cast<double>(k), rest = static_cast<double>(n - k);
   const Dd target = log(Dd(alpha));
   if (k == n) {
@@ -106,7 +108,7 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
   }
   Dd p = exp(Dd(log_p));
   for (int step = 0; step < 6; ++step) {
-    const LogTail tail = log_tail_above(n, k, log_choose, p, Dd(1.0) - p);
+    const LogTail tail = log_tail_above(n, k, log_choose, p, Dd(1.0) - p, for_q);
     const Dd h = (target - tail.bound) * Dd(tail.sum) / Dd(count);
     p = p + p * (h + scale(h * h, -1));
     if (::fabs(h.hi) < 0x1p-52) break;  // the step was quadratic: what is left is below 2^-90
@@ -117,16 +119,17 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
 PACD_HD inline Dd log_binomial(int64_t n, int64_t k) { return log_factorial(n) - log_factorial(k) - log_factorial(n - k); }
 
 // The largest double p that could be verified with P(Binomial(n, p) >= k) <= alpha: the Clopper-Pearson lower bound.
-// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha < 1; anything else gives NaN.  Within 1 ULP of the exact bound.
+// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha < 1; anything else gives NaN.  Within 2 ULP of the exact bound.
 PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) {
   if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha < 1.0)) return NAN;
   if (k == 0) return 0.0;
   const Dd log_choose = log_binomial(n, k);
   const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
-  const Dd solution = solve_binomial_tail(n, k, log_choose, alpha);
+  const Dd solution = solve_binomial_tail(n, k, log_choose, alpha, false);
   double p = solution.lo < 0.0 ? next_below(solution.hi) : solution.hi;
   if (!(p < 1.0)) p = 1.0 - 0x1p-53;
-  while (p > 0.0 && !(log_tail_above(n, k, log_choose, Dd(p), two_sum(1.0, -p)).bound <= target)) p = next_below(p);
+  while (p > 0.0 && !(log_tail_above(n, k, log_choose, Dd(p), two_sum(1.0, -p), false).bound <= target))
+    p = next_below(p);
   return p;
 }
 
@@ -138,9 +141,10 @@ PACD_HD inline double clopper_pearson_upper(int64_t k, int64_t n, double alpha) 
   const int64_t failures = n - k;
   const Dd log_choose = log_binomial(n, failures);
   const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
-  const Dd solution = Dd(1.0) - solve_binomial_tail(n, failures, log_choose, alpha);
+  const Dd solution = Dd(1.0) - solve_binomial_tail(n, failures, log_choose, alpha, true);
   double p = solution.lo > 0.0 ? next_above(solution.hi) : solution.hi;
-  while (p < 1.0 && !(log_tail_above(n, failures, log_choose, two_sum(1.0, -p), Dd(p)).bound <= target)) p = next_above(p);
+  while (p < 1.0 && !(log_tail_above(n, failures, log_choose, two_sum(1.0, -p), Dd(p), true).bound <= target))
+    p = next_above(p);
   return p;
 }
 

@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name, run, text):
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         sub.set_defaults(run=run)
         return sub
 
@@ -83,9 +85,11 @@ def parser() -> argparse.ArgumentParser:
     certify.add_argument("--target-class", type=int, help="only images of this class")
     certify.add_argument("--count", type=int, help="a random choice of this many images, decided by --choice")
     certify.add_argument("--choice", type=int, default=0, help="seed of --count's choice")
-    certify.add_argument("--shard", default="0/1", help="i/m: every m-th of the images, from the i-th; put together by merge")
+    certify.add_argument("--shard", default="0/1", help="i/m: every m-th image, from the i-th; see merge")
     certify.add_argument("--seed", type=int, help="of the noise; by default from the operating system's entropy")
-    certify.add_argument("--dtype", choices=list(DTYPES), default="float32", help="the certificate is for the model in it")
+    certify.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="the certificate is for the model in it"
+    )
     certify.add_argument("--device", default="auto")
     certify.add_argument("--batch-size", type=int, help="rows a forward pass; measured where it is not given")
     certify.add_argument("--out", required=True, help="results file (.tsv)")
@@ -128,7 +132,9 @@ def _add_data(sub: argparse.ArgumentParser) -> None:
 
 
 def _data(options: argparse.Namespace) -> datasets.Dataset:
-    return datasets.load(options.data, data_dir=options.data_dir, download=options.download, validation=options.validation)
+    return datasets.load(
+        options.data, data_dir=options.data_dir, download=options.download, validation=options.validation
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -161,7 +167,12 @@ def run_train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     mean, std = (models.CIFAR10_MEAN, models.CIFAR10_STD) if data.name == "cifar10" else (None, None)
     network = models.build(
-        options.model, num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size, mean=mean, std=std
+        options.model,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        mean=mean,
+        std=std,
     )
     partial = out.with_name(out.name + ".partial")
     training.fit(
@@ -226,10 +237,14 @@ def run_certify(options: argparse.Namespace) -> None:
     images, labels = data.split(options.split)
     chosen = _chosen(options, labels)
     checkpoint = models.load_checkpoint(
-        options.checkpoint, arch=options.model, num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size
+        options.checkpoint,
+        arch=options.model,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
     )
-    sigma = options.sigma if options.sigma is not None else checkpoint.sigma
-    if not sigma:
+    sigma = options.sigma if options.sigma is not None else checkpoint.sigma or None  # 0: trained without noise
+    if sigma is None:
         raise ValueError("the checkpoint does not say which noise it was trained with: give --sigma")
     existing = results.peek(options.out) if Path(options.out).exists() else None
     seed = options.seed if options.seed is not None else existing.seed if existing else secrets.randbits(63)
@@ -247,7 +262,10 @@ def run_certify(options: argparse.Namespace) -> None:
     with results.ResultsFile(options.out, run) as file:
         todo = torch.tensor([i for i in chosen if i not in file.done], dtype=torch.int64)
         if len(todo) < len(chosen):
-            print(f"{options.out}: {len(chosen) - len(todo)} of {len(chosen)} images are there, {len(todo)} to go", file=sys.stderr)
+            print(
+                f"{options.out}: {len(chosen) - len(todo)} of {len(chosen)} images are there, {len(todo)} to go",
+                file=sys.stderr,
+            )
         each = certify_each(
             checkpoint.model.to(device),
             datasets.as_float(images[todo]),
@@ -266,21 +284,26 @@ def run_certify(options: argparse.Namespace) -> None:
             for one in each:
                 idx = int(todo[one.index])
                 votes = int(one.counts[one.selected])
-                file.append(results.Row(idx, int(labels[idx]), one.prediction, one.radius, one.p_lower, votes, one.seconds))
+                file.append(
+                    results.Row(idx, int(labels[idx]), one.prediction, one.radius, one.p_lower, votes, one.seconds)
+                )
 
 
 def _named(files: Sequence[str]) -> dict[str, results.Results]:
     """The files by name; by path where names repeat."""
-    names = [Path(file).stem for file in files]
+    names = [Path(file).name.removesuffix(".tsv") for file in files]
     return {
-        name if names.count(name) == 1 else str(file): results.read(file) for name, file in zip(names, files, strict=True)
+        name if names.count(name) == 1 else str(file): results.read(file)
+        for name, file in zip(names, files, strict=True)
     }
 
 
 def run_summary(options: argparse.Namespace) -> None:
     read = _named(options.files)
     if options.json:
-        found = {name: results.summarize(each, options.radii, options.target_class).to_dict() for name, each in read.items()}
+        found = {
+            name: results.summarize(each, options.radii, options.target_class).to_dict() for name, each in read.items()
+        }
         print(json.dumps(found, indent=2))
     else:
         print(results.table(read, options.radii, options.target_class))
@@ -303,7 +326,8 @@ def run_info(options: argparse.Namespace) -> None:
     print(f"python        {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
     print(f"SIMD          {built['simd']}")
     print(f"threads       {torch.get_num_threads()}")
-    print(f"CUDA library  {pacd_fast.ops.cuda_library} (compiled by {built['cuda_compiler']} for {built['cuda_architectures']})")
+    compiled = f"compiled by {built['cuda_compiler']} for {built['cuda_architectures']}"
+    print(f"CUDA library  {pacd_fast.ops.cuda_library} ({compiled})")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"CUDA device   {device}")
 

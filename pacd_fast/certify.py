@@ -1,4 +1,4 @@
-"""Certification by randomized smoothing: sample, predict, certify (Cohen, Rosenfeld, Kolter 2019) at the model's speed."""
+"""Randomized smoothing (Cohen, Rosenfeld, Kolter 2019): sample, predict and certify at the model's speed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ ABSTAIN = -1
 SELECTION, ESTIMATION = 0, 1  # the two streams of noise; training uses 2 and up
 ROWS = 64  # a model runs on a multiple of this many rows, padded: very small batches take other code paths, other bits
 
-Model = nn.Module | Callable[[Tensor], Tensor]
+Model: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def smallest_n(alpha: float) -> int:
 
 
 def largest_radius(sigma: float, n: int, alpha: float) -> float:
-    """The radius of an image whose n votes all agree: sigma * Phi^-1(alpha^(1/n)), rounded down; 0 if n is too small."""
+    """The radius of an image whose n votes all agree: sigma * Phi^-1(alpha^(1/n)); 0 if n is too small."""
     p = ops.clopper_pearson_lower(torch.tensor(n), n, alpha)
     return max(0.0, float(ops.normal_quantile(p))) * sigma
 
@@ -95,11 +96,11 @@ def certify(
     """CERTIFY of Cohen et al. 2019 for a batch of images, in l2.
 
     Per image n0 samples choose the class, n others give a Clopper-Pearson lower bound p on its probability under noise,
-    at level 1 - alpha; the radius is sigma * Phi^-1(p), and where p <= 1/2 it abstains.  Bounds and radii are rounded down.
+    at level 1 - alpha; the radius is sigma * Phi^-1(p), and where p <= 1/2 it abstains.  Both are rounded down.
 
     Args:
-        model: images [M, ...] -> logits [M, num_classes].  A module is copied, put into eval mode and, for 4-d images on
-            the CPU or in half precision, into channels_last; it must not look at other images of its batch.
+        model: images [M, ...] -> logits [M, num_classes].  A module is copied, put into eval mode and, for 4-d images
+            on the CPU or in half precision, into channels_last; it must not look at other images of its batch.
         images: float [N, ...], pixels as the model takes them, on any device; moved to the model's.
         sigma: the noise's standard deviation in pixel units, rounded to float32 (the radius uses the rounded number).
         n0, n: selection and estimation samples per image; alpha: failure probability of each certificate.
@@ -160,7 +161,7 @@ def certify_each(
     batch_size: int | None = None,
     image_ids: Tensor | None = None,
     progress: bool = False,
-) -> Iterator[Certificate]:
+) -> Generator[Certificate, None, None]:
     """The same as `certify`, one image at a time as they are finished, in order; `seed` is needed."""
     check_arguments(n0, n, alpha, sigma, seed)
     sampler = Sampler(model, images, num_classes, sigma, seed, dtype, batch_size, image_ids)
@@ -169,7 +170,8 @@ def certify_each(
         missing = n0 + n - int(selection.sum() + estimation.sum())
         if missing:
             raise ValueError(
-                f"the model returned NaN for {missing} of {n0 + n} noisy copies of image {int(sampler.image_ids[index])}"
+                f"the model returned NaN for {missing} of {n0 + n} noisy copies "
+                f"of image {int(sampler.image_ids[index])}"
             )
         prediction, selected, p_lower, radius = loop.issue(selection.numpy(), estimation.numpy())
         yield Certificate(index, prediction, selected, radius, p_lower, estimation, selection, seconds)
@@ -186,9 +188,10 @@ def check_arguments(n0: int, n: int, alpha: float, sigma: float, seed: int) -> N
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), not {seed}")
     if n < (enough := smallest_n(alpha)):
+        least, usual = largest_radius(sigma, enough, alpha), largest_radius(sigma, 100_000, alpha)
         raise ValueError(
-            f"n = {n} is too small to certify anything at alpha = {alpha}: it takes n = {enough}, which reaches radius "
-            f"{largest_radius(sigma, enough, alpha):.4f}; n = 100000 reaches {largest_radius(sigma, 100_000, alpha):.4f}"
+            f"n = {n} is too small to certify anything at alpha = {alpha}: it takes n = {enough}, which reaches "
+            f"radius {least:.4f}; n = 100000 reaches {usual:.4f}"
         )
 
 
@@ -249,7 +252,9 @@ class Sampler:
         """A reused buffer: fresh pages for every batch would cost more than the noise."""
         if self._buffer is None or len(self._buffer) < rows:
             shape = (rows, *self.images.shape[1:])
-            self._buffer = torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(memory_format=self.memory_format)
+            self._buffer = torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(
+                memory_format=self.memory_format
+            )
         return self._buffer[:rows]
 
     @torch.inference_mode()
@@ -306,12 +311,19 @@ class Sampler:
         return best
 
     def run(self, loop: Certification, samples: int, progress: bool) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-        """Draws what `loop` plans; yields (image, selection votes, estimation votes, seconds) as images are finished."""
+        """Draws what `loop` plans; yields (image, selection votes, estimation votes, seconds) of finished images."""
         images = len(self.images)
         counts = torch.zeros(2 * images, self.num_classes, dtype=torch.int64, device=self.device)
         done, since = 0, time.perf_counter()
         interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-        bar = tqdm(total=images * samples, unit="sample", unit_scale=True, disable=not progress, smoothing=0.1, mininterval=interval)
+        bar = tqdm(
+            total=images * samples,
+            unit="sample",
+            unit_scale=True,
+            disable=not progress,
+            smoothing=0.1,
+            mininterval=interval,
+        )
         try:
             size = self.batch_size(images * samples) if images else 1
             while pieces := loop.plan(size):
@@ -321,11 +333,15 @@ class Sampler:
                 ops.add_votes_(counts, logits, where.repeat_interleave(repeats).to(self.device, non_blocking=True))
                 bar.update(len(logits))
                 if loop.planned > done:
-                    selection, estimation = counts[done : loop.planned].cpu(), counts[images + done : images + loop.planned].cpu()
+                    selection, estimation = (
+                        counts[done : loop.planned].cpu(),
+                        counts[images + done : images + loop.planned].cpu(),
+                    )
                     now = time.perf_counter()
                     seconds = (now - since) / (loop.planned - done)
                     first, done, since = done, loop.planned, now
-                    bar.set_postfix_str(f"{done}/{images} images, {done / max(bar.format_dict['elapsed'], 1e-9):.2f} images/s")
+                    rate = done / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{done}/{images} images, {rate:.2f} images/s")
                     for i, index in enumerate(range(first, done)):
                         yield index, selection[i], estimation[i], seconds
         finally:
@@ -345,7 +361,13 @@ class Smooth:
     ABSTAIN = ABSTAIN
 
     def __init__(
-        self, base_classifier: Model, num_classes: int, sigma: float, *, seed: int | None = None, dtype: torch.dtype | None = None
+        self,
+        base_classifier: Model,
+        num_classes: int,
+        sigma: float,
+        *,
+        seed: int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         self.base_classifier, self.num_classes, self.sigma, self.dtype = base_classifier, num_classes, sigma, dtype
         self.seed = secrets.randbits(63) if seed is None else seed
@@ -376,14 +398,21 @@ class Smooth:
         return int(result.prediction[0]), float(result.radius[0])
 
     def predict(self, x: Tensor, n: int, alpha: float, batch_size: int | None = None) -> int:
-        """The class of one image x [...] or ABSTAIN: PREDICT of Cohen et al. 2019, wrong with probability at most alpha.
+        """The class of one image x [...] or ABSTAIN (PREDICT of Cohen et al. 2019); wrong with probability <= alpha.
 
         The top two classes of n samples are compared by a two-sided binomial test.
         """
         if not 1e-200 <= alpha < 1:
             raise ValueError(f"alpha must be in (0, 1), not {alpha}")
         sampler = Sampler(
-            self.base_classifier, x.unsqueeze(0), self.num_classes, self.sigma, self.seed, self.dtype, batch_size, self._next_id()
+            self.base_classifier,
+            x.unsqueeze(0),
+            self.num_classes,
+            self.sigma,
+            self.seed,
+            self.dtype,
+            batch_size,
+            self._next_id(),
         )
         loop = Certification(1, 0, n, alpha, sampler.sigma)
         ((_, _, votes, _),) = list(sampler.run(loop, n, False))

@@ -47,7 +47,9 @@ def _load(name: str) -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise ImportError(f"pacd_fast's library {path} does not load beside torch {torch.__version__} ({error}); {REBUILD}") from error
+        raise ImportError(
+            f"pacd_fast's library {path} does not load beside torch {torch.__version__} ({error}); {REBUILD}"
+        ) from error
 
 
 def _load_cuda() -> str:
@@ -82,7 +84,9 @@ def _channel_numbers(values: Sequence[float] | Tensor | None, name: str, x: Tens
     if values is None:
         return None
     tensor = torch.as_tensor(values, dtype=torch.float32, device=x.device).flatten()
-    _require(x.dim() >= 2 and tensor.numel() == x.shape[1], f"{name} needs one number per channel of x {tuple(x.shape)}")
+    _require(
+        x.dim() >= 2 and tensor.numel() == x.shape[1], f"{name} needs one number per channel of x {tuple(x.shape)}"
+    )
     return tensor
 
 
@@ -117,8 +121,8 @@ def noisy_copies(
         dtype: of the result, float32, bfloat16 or float16; by default that of x.
         memory_format: torch.contiguous_format (default) or torch.channels_last.
         mean, std: one number per channel (dimension 1), together or not at all.
-        out: [B * copies, ...], contiguous or channels_last: written and returned instead of a new tensor; then dtype and
-            memory_format are its own, and there is no gradient.
+        out: [B * copies, ...], contiguous or channels_last: written and returned instead of a new tensor; then dtype
+            and memory_format are its own, and there is no gradient.
 
     The gradient with respect to x is the sum over copies (divided by std).  A draw reaches 6.76 sigma at most: a 32-bit
     uniform in Box-Muller (generator: Philox4x32-10, Salmon et al. 2011).
@@ -127,11 +131,17 @@ def noisy_copies(
         ValueError: for anything outside these ranges.
     """
     _require_device(x)
-    _require(x.dim() >= 1 and x.dtype in FLOATS, f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}")
+    _require(
+        x.dim() >= 1 and x.dtype in FLOATS,
+        f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}",
+    )
     _require(math.isfinite(sigma) and sigma >= 0, f"sigma must be finite and not negative, not {sigma}")
     _require(copies >= 1, f"copies must be at least 1, not {copies}")
     _require(0 <= seed < 2**63, f"seed must be in [0, 2^63), not {seed}")
-    _require(first >= 0 and first + copies <= 2**32, f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}")
+    _require(
+        first >= 0 and first + copies <= 2**32,
+        f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}",
+    )
     _require(0 <= stream < 2**16, f"stream must be in [0, 2^16), not {stream}")
     if image_ids is not None:
         _require(
@@ -158,7 +168,8 @@ def noisy_copies(
     _require(dtype in FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
     last = memory_format == torch.channels_last
     _require(
-        last or memory_format in (None, torch.contiguous_format), f"memory_format must be contiguous or channels_last, not {memory_format}"
+        last or memory_format in (None, torch.contiguous_format),
+        f"memory_format must be contiguous or channels_last, not {memory_format}",
     )
     _require(not last or x.dim() == 4, "channels_last needs x [B, C, H, W]")
     if x.numel() == 0:
@@ -183,15 +194,21 @@ def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
         ValueError: for wrong shapes, dtypes or devices.
     """
     _require_device(counts)
-    _require(counts.dtype == torch.int64 and counts.dim() == 2 and counts.is_contiguous(), "counts must be a contiguous int64 [N, classes]")
+    _require(
+        counts.dtype == torch.int64 and counts.dim() == 2 and counts.is_contiguous(),
+        "counts must be a contiguous int64 [N, classes]",
+    )
     _require(
         logits.dim() == 2 and logits.shape[1] == counts.shape[1] and logits.shape[1] > 0 and logits.dtype in FLOATS,
         f"logits must be float32, bfloat16 or float16 [M, {counts.shape[1]}], not {logits.dtype} {tuple(logits.shape)}",
     )
     _require(
-        image_index.dtype == torch.int64 and image_index.shape == logits.shape[:1], f"image_index must be int64 [{logits.shape[0]}]"
+        image_index.dtype == torch.int64 and image_index.shape == logits.shape[:1],
+        f"image_index must be int64 [{logits.shape[0]}]",
     )
-    _require(counts.device == logits.device == image_index.device, "counts, logits and image_index must be on one device")
+    _require(
+        counts.device == logits.device == image_index.device, "counts, logits and image_index must be on one device"
+    )
     if counts.device.type == "cpu" and not torch.compiler.is_compiling() and image_index.numel() > 0:
         low, high = image_index.aminmax()
         _require(0 <= int(low) and int(high) < counts.shape[0], f"image_index must be in [0, {counts.shape[0]})")
@@ -214,8 +231,8 @@ def _clopper_pearson(k: Tensor, n: Tensor | int, alpha: Tensor | float, upper: b
 def clopper_pearson_lower(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> Tensor:
     """The one-sided Clopper-Pearson lower bound of a proportion at level 1 - alpha, rounded down.
 
-    The p with P(Binomial(n, p) >= k) = alpha, ``scipy.stats.beta.ppf(alpha, k, n - k + 1)``; 0 where k = 0.  Never above
-    the exact bound and within 1 ULP of it (Clopper and Pearson 1934).
+    The p with P(Binomial(n, p) >= k) = alpha, ``scipy.stats.beta.ppf(alpha, k, n - k + 1)``; 0 where k = 0.  Never
+    above the exact bound and within 2 ULP of it (Clopper and Pearson 1934).
 
     Args:
         k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-200 <= alpha < 1, numbers or tensors that

@@ -20,7 +20,12 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     k0, k1 = key
     for _ in range(10):
         p0, p1 = np.uint64(0xD2511F53) * w0, np.uint64(0xCD9E8D57) * w2
-        w0, w1, w2, w3 = (p1 >> np.uint64(32)) ^ w1 ^ np.uint64(k0), p1 & MASK, (p0 >> np.uint64(32)) ^ w3 ^ np.uint64(k1), p0 & MASK
+        w0, w1, w2, w3 = (
+            (p1 >> np.uint64(32)) ^ w1 ^ np.uint64(k0),
+            p1 & MASK,
+            (p0 >> np.uint64(32)) ^ w3 ^ np.uint64(k1),
+            p0 & MASK,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return np.stack([w0, w1, w2, w3], -1).astype(np.uint32)
 
@@ -33,20 +38,39 @@ def standard_normals(elements: int, seed: int, stream: int, image: int, sample: 
     counter[:, 1:] = sample, image & 0xFFFFFFFF, (stream << 16) | (image >> 32)
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
     # uniforms are rounded to float32 on the way, which is all that single precision does near u = 1
-    u = (words[:, 0::2].astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32).astype(np.float64)
+    u = (
+        (words[:, 0::2].astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33)
+        .astype(np.float32)
+        .astype(np.float64)
+    )
     radius, angle = np.sqrt(np.maximum(-2 * np.log(u), 0)), words[:, 1::2].astype(np.float64) * (2 * np.pi / 2**32)
     numbers = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)  # [counter, pair, (cos, sin)]
     return numbers.reshape(tiles, 16, 4).transpose(0, 2, 1).reshape(-1)[:elements]
 
 
-def noisy_copies(x, sigma, copies=1, seed=0, *, first=0, image_ids=None, stream=0, dtype=None, memory_format=None, mean=None, std=None):
+def noisy_copies(
+    x,
+    sigma,
+    copies=1,
+    seed=0,
+    *,
+    first=0,
+    image_ids=None,
+    stream=0,
+    dtype=None,
+    memory_format=None,
+    mean=None,
+    std=None,
+):
     """`pacd_fast.ops.noisy_copies`, computed in float64 and rounded once."""
     ids = range(len(x)) if image_ids is None else image_ids.tolist()
     noise = np.stack([standard_normals(x[0].numel(), seed, stream, i, first + j) for i in ids for j in range(copies)])
     y = x.double().repeat_interleave(copies, 0) + sigma * torch.from_numpy(noise).reshape(-1, *x.shape[1:])
     if mean is not None:
         shape = (1, -1, *[1] * (x.dim() - 2))
-        y = (y - torch.as_tensor(mean, dtype=torch.float64).reshape(shape)) / torch.as_tensor(std, dtype=torch.float64).reshape(shape)
+        y = (y - torch.as_tensor(mean, dtype=torch.float64).reshape(shape)) / torch.as_tensor(
+            std, dtype=torch.float64
+        ).reshape(shape)
     return y.to(dtype or x.dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
 
 

@@ -50,12 +50,18 @@ def checks(draws: int = 20_000_000, seed: int = 2026) -> Iterator[Check]:
     yield from noise_checks(draws, seed)
     table = _C.clopper_pearson_table(1000, 0.001)
     error = np.abs(table[1:] / stats.beta.ppf(0.001, np.arange(1, 1001), np.arange(1000, 0, -1)) - 1).max()
-    yield Check("ok" if error < 1e-10 else "FAILED", "Clopper-Pearson against scipy, n = 1000", f"relative difference {error:.1e}")
+    yield Check(
+        "ok" if error < 1e-10 else "FAILED",
+        "Clopper-Pearson against scipy, n = 1000",
+        f"relative difference {error:.1e}",
+    )
     p = torch.linspace(1e-12, 1 - 1e-12, 100_001, dtype=torch.float64)
     low, high = ops.normal_quantile(p), ops.normal_quantile(p, rounding="up")
     error = float((low - torch.special.ndtri(p)).abs().max())
     inside = bool((low <= high).all())
-    yield Check("ok" if error < 1e-9 and inside else "FAILED", "normal quantile against torch", f"difference {error:.1e}")
+    yield Check(
+        "ok" if error < 1e-9 and inside else "FAILED", "normal quantile against torch", f"difference {error:.1e}"
+    )
 
 
 def _score(what: str, z: float) -> Check:
@@ -96,16 +102,22 @@ def noise_checks(draws: int, seed: int) -> Iterator[Check]:
     moments = (0, 1, 0, 3, 0, 15)
     variances = (1, 2, 15, 96, 945, 10170)  # of z^k: E z^2k - (E z^k)^2
     for order, (mean, variance) in enumerate(zip(moments, variances, strict=True), 1):
-        yield _score(f"moment {order} of {count:,} draws", (power_sums[order] / count - mean) / math.sqrt(variance / count))
+        yield _score(
+            f"moment {order} of {count:,} draws", (power_sums[order] / count - mean) / math.sqrt(variance / count)
+        )
     below = np.cumsum(histogram[:-1]) / count
     ks = float(np.abs(below - stats.norm.cdf(bins)).max() * math.sqrt(count))
     yield Check(
-        "ok" if stats.kstwobign.sf(ks) > 5e-7 else "FAILED", "Kolmogorov-Smirnov on 513 points", f"p = {stats.kstwobign.sf(ks):.3f}"
+        "ok" if stats.kstwobign.sf(ks) > 5e-7 else "FAILED",
+        "Kolmogorov-Smirnov on 513 points",
+        f"p = {stats.kstwobign.sf(ks):.3f}",
     )
     for level, seen in zip((4.0, 5.0), tails, strict=True):
         expected = count * 2 * stats.norm.sf(level)
         yield Check(
-            "ok" if 2 * min(stats.poisson.cdf(seen, expected), stats.poisson.sf(seen - 1, expected)) > 5e-7 else "FAILED",
+            "ok"
+            if 2 * min(stats.poisson.cdf(seen, expected), stats.poisson.sf(seen - 1, expected)) > 5e-7
+            else "FAILED",
             f"draws beyond {level:g} sigma",
             f"{seen:.0f}, expected {expected:.1f}",
         )
@@ -114,7 +126,7 @@ def noise_checks(draws: int, seed: int) -> Iterator[Check]:
 
 
 def write_bits(out: BinaryIO, seed: int = 20261120) -> None:
-    """Writes the words behind the noise, sample after sample, image after image, without end (until the pipe closes)."""
+    """Writes the words behind the noise, sample after sample, image after image, until the pipe closes."""
     image = 0
     while True:
         out.write(_C.random_bits(seed, 1, image, 0, 196, 2000).tobytes())

@@ -136,11 +136,18 @@ def fit(
     _check(images, labels, epochs, batch_size, lr, weight_decay)
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
+    )
     described = {
         "loss": f"{type(loss).__name__}({_fields(loss)})",
-        "images": len(images), "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "augment": augment, "seed": seed,
-    }  # fmt: skip
+        "images": len(images),
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "augment": augment,
+        "seed": seed,
+    }
     first = _resumed(Path(checkpoint), model, optimizer, described) if checkpoint is not None and resume else 0
     images, labels = images.to(device), labels.to(device)
     seen: list[Tensor] = []
@@ -165,7 +172,7 @@ def fit(
                     value = loss(model, x.contiguous(memory_format=_layout(x)), y, seed=noise)
                     if not bool(torch.isfinite(value)):
                         raise ValueError(
-                            f"the loss is {float(value)} at epoch {epoch}, step {step} (noise seed {noise}); "
+                            f"the loss is {float(value.detach())} at epoch {epoch}, step {step} (noise seed {noise}); "
                             "the weights of the last checkpoint are kept; a smaller lr may help"
                         )
                     optimizer.zero_grad(set_to_none=True)
@@ -177,9 +184,15 @@ def fit(
                         right, voted = right + int((votes == y.unsqueeze(1)).sum()), voted + votes.numel()
                     bar.update()
                     if step % 20 == 0:
-                        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {float(value):.4f}, accuracy {right / max(voted, 1):.2%}")
+                        now, accuracy = float(value.detach()), right / max(voted, 1)
+                        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {now:.4f}, accuracy {accuracy:.2%}")
             seconds = time.perf_counter() - started
-            line = {"epoch": epoch, "loss": float(total) / len(images), "accuracy": right / max(voted, 1), "seconds": seconds}
+            line = {
+                "epoch": epoch,
+                "loss": float(total) / len(images),
+                "accuracy": right / max(voted, 1),
+                "seconds": seconds,
+            }
             if checkpoint is not None:
                 _save(Path(checkpoint), model, optimizer, epoch + 1, described)
             if metrics is not None:
@@ -194,7 +207,8 @@ def fit(
 def _check(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, weight_decay: float) -> None:
     if images.dim() < 2 or len(images) == 0 or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"data must be images [N, ...] and int64 labels [N], not {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+            f"data must be images [N, ...] and int64 labels [N], "
+            f"not {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
     if int(labels.min()) < 0:
         raise ValueError(f"labels must not be negative, found {int(labels.min())}")
@@ -211,9 +225,16 @@ def _fields(loss: Any) -> str:
     return ", ".join(f"{field.name}={getattr(loss, field.name)}" for field in dataclasses.fields(loss))
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, described: dict[str, Any]) -> None:
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, described: dict[str, Any]
+) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "run": json.dumps(described)}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "run": json.dumps(described),
+    }
     try:
         torch.save(state, temporary)
         os.replace(temporary, path)
@@ -229,10 +250,14 @@ def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, des
         state = torch.load(path, weights_only=True)
         there = json.loads(state["run"])
     except Exception as error:  # a damaged file fails in many ways, and all mean the same
-        raise ValueError(f"{path} is not a training checkpoint ({type(error).__name__}); delete it to start again") from error
+        raise ValueError(
+            f"{path} is not a training checkpoint ({type(error).__name__}); delete it to start again"
+        ) from error
     for key, value in described.items():
         if there.get(key) != value:
-            raise ValueError(f"{path} is of another run: {key} is {there.get(key)} there and {value} here; delete it to start again")
+            raise ValueError(
+                f"{path} is of another run: {key} is {there.get(key)} there and {value} here; delete it to start again"
+            )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["epoch"])

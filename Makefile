@@ -1,0 +1,53 @@
+# Each target is one command on a fresh machine: it makes its own environment in .venv and builds the extension there.
+#   make demo    train, certify, summarise, plot          make bench   the speed tables
+#   make test    the whole test suite                     make lint    ruff and mypy
+# Other versions:  make test VENV=.venv-2.11 TORCH="torch==2.11.0 torchvision==0.26.0"
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch torchvision
+BIN := $(VENV)/bin
+DEMO := demo-out
+SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
+
+.PHONY: demo test bench lint sanitize clean
+
+# The Python files are used in place; only a change of the compiled sources or of the dependencies installs again.
+$(BIN)/.installed: $(SOURCES)
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'pacd_fast needs Python 3.10 or later')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH) "scikit-build-core>=0.10" "pybind11>=2.13" ninja cmake
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,lint]"
+	touch $@
+
+demo: $(BIN)/.installed
+	mkdir -p $(DEMO)
+	rm -f $(DEMO)/results.tsv
+	$(BIN)/pacd-fast train --model mnist-cnn --data mnist5k --method gaussian --sigma 0.5 --epochs 20 --out $(DEMO)/model.safetensors
+	$(BIN)/pacd-fast certify --checkpoint $(DEMO)/model.safetensors --data mnist5k --split test --skip 25 --n 100000 --out $(DEMO)/results.tsv
+	$(BIN)/pacd-fast summary $(DEMO)/results.tsv
+	$(BIN)/pacd-fast plot $(DEMO)/results.tsv --title "MNIST CNN, sigma 0.5, n = 100 000" --out $(DEMO)/curve.png
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(BIN)/python -m benchmarks
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The operator tests under the address and undefined behaviour sanitizers, in an environment of their own.
+sanitize: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall --target build/sanitized . \
+	  -C cmake.define.PACD_SANITIZE=ON -C cmake.define.PACD_CUDA=OFF -C build-dir=build/sanitized-objects
+	cd build && PYTHONPATH=$(CURDIR)/build/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(CURDIR)/python_tests/test_ops.py $(CURDIR)/python_tests/test_bounds.py
+
+clean:
+	rm -rf build $(DEMO) $(VENV)

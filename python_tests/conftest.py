@@ -1,0 +1,154 @@
+"""Fixtures, and the one table of operator cases: every registered operator has an entry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pacd_fast import ops, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrapper of pacd_fast.ops, the plain version that specifies it, and arguments to try both with.
+
+    op: the registered operator below the wrapper. close: compares the results (of the wrapper, of the reference).
+    """
+
+    op: str
+    run: Callable[..., Any]
+    plain: Callable[..., Any]
+    arguments: Callable[[], list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    close: Callable[[Tensor, Tensor], None]
+
+
+def _noise() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    x = torch.rand(3, 2, 5, 7)
+    ids = torch.tensor([9, 2**40 + 3, 0])
+    return [
+        ((x, 0.5, 3, 7), {}),
+        ((x, 0.25, 2, 2**62 + 5), {"first": 2**32 - 2, "image_ids": ids, "stream": 65535}),
+        ((x, 1.0, 2, 1), {"memory_format": torch.channels_last, "mean": [0.4, 0.5], "std": [0.2, 0.3]}),
+        ((x, 1.0, 1, 1), {"mean": torch.tensor([0.4, 0.5]), "std": torch.tensor([0.2, 0.3])}),
+        ((x, 1.0, 2, 1), {"dtype": torch.bfloat16}),
+        ((x, 1.0, 2, 1), {"dtype": torch.float16, "memory_format": torch.channels_last}),
+        ((x.transpose(1, 3), 1.0, 2, 1), {}),
+        ((x[:, :1, ::2, ::3], 1.0, 4, 1), {}),
+        ((torch.rand(2, 784), 0.5, 2, 1), {}),
+        ((torch.rand(2, 3, 32, 32), 0.5, 2, 1), {"memory_format": torch.channels_last}),
+        ((torch.rand(4), 0.5, 2, 1), {}),
+        ((torch.rand(1, 129).bfloat16(), 0.5, 2, 1), {}),
+        ((x, 0.0, 2, 1), {}),
+    ]
+
+
+def _noise_close(ours: Tensor, plain: Tensor) -> None:
+    assert ours.shape == plain.shape and ours.dtype == plain.dtype and ours.stride() == plain.stride()
+    # Box-Muller errs by 2e-6 at most; a coarser dtype adds half a unit in its last place.
+    unit = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[ours.dtype]
+    limit = 1e-5 + 2 * unit * plain.double().abs().clamp(min=1)
+    assert ((ours.double() - plain.double()).abs() <= limit).all()
+
+
+def _noise_out(*args: Any, **options: Any) -> Tensor:
+    x, copies = args[0], args[2]
+    dtype, layout = options.pop("dtype", x.dtype), options.pop("memory_format", torch.contiguous_format)
+    out = torch.full((x.shape[0] * copies, *x.shape[1:]), torch.nan, dtype=dtype).contiguous(memory_format=layout)
+    return ops.noisy_copies(*args, **options, out=out)
+
+
+def _votes() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(0)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = torch.randn(500, 7, generator=generator).round().to(dtype)  # rounded: many ties
+        logits[::50, 3] = torch.nan
+        logits[::70] = -torch.inf
+        index = torch.randint(0, 4, (500,), generator=generator)
+        cases.append(((torch.ones(4, 7, dtype=torch.int64), logits, index), {}))
+    cases.append(
+        ((torch.zeros(1, 3, dtype=torch.int64), torch.randn(64, 6)[:, ::2], torch.zeros(64, dtype=torch.int64)), {})
+    )
+    cases.append(((torch.zeros(2, 3, dtype=torch.int64), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), {}))
+    return cases
+
+
+def _with_counts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(counts: Tensor, *args: Any) -> Tensor:
+        counts = counts.clone()
+        nan_rows = function(counts, *args)
+        return torch.cat([counts, nan_rows.unsqueeze(1)], 1)
+
+    return run
+
+
+def _binomial() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    k = torch.tensor([[0, 1, 2], [50, 99, 100]])
+    alpha = torch.tensor([[0.001], [0.5]], dtype=torch.float64)
+    return [
+        ((k, 100, 0.001), {}),
+        ((k, torch.tensor(101), alpha), {}),
+        ((torch.tensor(7), 10, 0.05), {}),
+        ((k[:0], 100, 0.001), {}),
+    ]
+
+
+def _bound_close(ours: Tensor, plain: Tensor) -> None:
+    assert ours.shape == plain.shape and ours.dtype == torch.float64
+    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=0)
+
+
+def _quantile_arguments() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    p = torch.tensor([[0.5, 0.9, 1e-3], [0.0, 1.0, 1e-200]], dtype=torch.float64)
+    return [((p,), {}), ((p.t(),), {"rounding": "up"}), ((p[:0],), {}), ((p[0, 0],), {})]
+
+
+def _quantile_close(ours: Tensor, plain: Tensor) -> None:
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)
+
+
+def _same(ours: Tensor, plain: Tensor) -> None:
+    assert torch.equal(ours, plain)
+
+
+CASES = {
+    "noisy_copies": Case("noisy_copies", ops.noisy_copies, reference.noisy_copies, _noise, _noise_close),
+    "noisy_copies, out": Case("noisy_copies_", _noise_out, reference.noisy_copies, _noise, _noise_close),
+    "add_votes_": Case("add_votes_", _with_counts(ops.add_votes_), _with_counts(reference.add_votes_), _votes, _same),
+    "clopper_pearson_lower": Case(
+        "clopper_pearson", ops.clopper_pearson_lower, reference.clopper_pearson_lower, _binomial, _bound_close
+    ),
+    "clopper_pearson_upper": Case(
+        "clopper_pearson", ops.clopper_pearson_upper, reference.clopper_pearson_upper, _binomial, _bound_close
+    ),
+    "normal_quantile": Case(
+        "normal_quantile", ops.normal_quantile, reference.normal_quantile, _quantile_arguments, _quantile_close
+    ),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None:
+        return
+    reason = (
+        ops.cuda_library
+        if ops.cuda_library != "loaded"
+        else "no CUDA device"
+        if not torch.cuda.is_available()
+        else None
+    )
+    if reason is not None and os.environ.get("PACD_REQUIRE_CUDA") == "1":
+        pytest.fail(f"PACD_REQUIRE_CUDA=1, but: {reason}")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,252 @@
+"""Certification: known radii, coverage, invariance of certificates, Cohen et al.'s interface, bad models and input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pacd_fast._C import Certification
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+import pacd_fast
+from pacd_fast import reference
+from pacd_fast.models import build
+
+
+class Plane(nn.Module):
+    """A linear classifier of two classes: the smoothed one is the same, and the certified radius is the distance."""
+
+    def __init__(self, weight: list[float], offset: float):
+        super().__init__()
+        self.weight, self.offset = nn.Parameter(torch.tensor(weight)), offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.flatten(1) @ self.weight + self.offset
+        return torch.stack([-score, score], 1)
+
+    def distance(self, x: Tensor) -> Tensor:
+        return (x.double().flatten(1) @ self.weight.detach().double() + self.offset) / float(
+            self.weight.detach().double().norm()
+        )
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)).eval()
+
+
+def same(a: pacd_fast.Certificates, b: pacd_fast.Certificates) -> bool:
+    fields = ("prediction", "radius", "p_lower", "counts", "selection_counts")
+    return all(torch.equal(getattr(a, field), getattr(b, field)) for field in fields)
+
+
+def test_radius_of_a_plane():
+    plane, x = Plane([3.0, -4.0], 0.5), torch.tensor([[0.9, 0.1], [0.2, 0.9], [0.5, 0.6]])
+    found = pacd_fast.certify(plane, x, num_classes=2, sigma=0.25, n=200_000, seed=1)
+    distance = plane.distance(x)
+    assert found.prediction.tolist() == (distance > 0).long().tolist()
+    assert bool((found.radius <= distance.abs()).all())
+    torch.testing.assert_close(found.radius, distance.abs(), atol=0.02, rtol=0)
+    assert found.counts.sum(1).tolist() == [200_000] * 3 and found.selection_counts.sum(1).tolist() == [100] * 3
+    assert found.radius.dtype == found.p_lower.dtype == torch.float64 and found.counts.dtype == torch.int64
+
+
+def test_wrong_certificates_are_rarer_than_alpha():
+    """Points at many distances: a radius beyond the true distance, or the wrong class, is as rare as promised."""
+    alpha, images = 0.05, 6000
+    plane = Plane([1.0, 0.0], 0.0)
+    x = torch.stack(
+        [torch.rand(images, generator=torch.Generator().manual_seed(0)) * 0.6 - 0.3, torch.zeros(images)], 1
+    )
+    found = pacd_fast.certify(plane, x, num_classes=2, sigma=0.5, n0=20, n=500, alpha=alpha, seed=2, batch_size=20_000)
+    distance = plane.distance(x)
+    signed = torch.where(found.prediction == 1, distance, -distance)
+    wrong = (found.prediction != -1) & (found.radius > signed)
+    assert 0.3 < float((found.prediction != -1).double().mean()) < 0.999
+    assert int(wrong.sum()) <= alpha * images + 4 * math.sqrt(alpha * images)
+    # and the bound is not idle: it is wrong nearly alpha of the time where the class is clear
+    assert int(wrong.sum()) > 0.3 * alpha * images
+
+
+def test_certificates_do_not_depend_on_batches_threads_order_or_company(network):
+    x = torch.rand(4, 1, 28, 28)
+    options = dict(num_classes=10, sigma=0.5, n0=50, n=1500, seed=5)
+    whole = pacd_fast.certify(network, x, batch_size=64, **options)
+    threads = torch.get_num_threads()
+    try:
+        for batch_size, count in ((1000, 1), (100, 2), (777, 2), (None, 1)):
+            torch.set_num_threads(count)
+            assert same(whole, pacd_fast.certify(network, x, batch_size=batch_size, **options))
+    finally:
+        torch.set_num_threads(threads)
+    ids = torch.tensor([2, 0])
+    part = pacd_fast.certify(network, x[ids], image_ids=ids, batch_size=256, **options)
+    assert torch.equal(part.counts, whole.counts[ids]) and torch.equal(part.radius, whole.radius[ids])
+    other = pacd_fast.certify(network, x, batch_size=64, **{**options, "seed": 6})
+    assert not torch.equal(other.counts, whole.counts)
+
+
+def test_a_seed_is_drawn_and_reported(network):
+    x = torch.rand(1, 1, 28, 28)
+    options = dict(num_classes=10, sigma=0.5, n0=20, n=500)
+    first, second = (pacd_fast.certify(network, x, **options) for _ in range(2))
+    assert first.seed != second.seed
+    assert same(first, pacd_fast.certify(network, x, seed=first.seed, **options))
+
+
+def test_selection_and_estimation_never_share_samples():
+    loop = Certification(3, 7, 20, 0.01, 0.5)
+    drawn = []
+    while pieces := loop.plan(9):
+        assert sum(count for *_, count in pieces) <= 9
+        drawn += [(image, stream, first + i) for image, stream, first, count in pieces for i in range(count)]
+    assert sorted(drawn) == [(i, s, k) for i in range(3) for s, n in ((0, 7), (1, 20)) for k in range(n)]
+    assert len(set(drawn)) == len(drawn) and loop.planned == 3
+
+
+def test_issue_is_cohens_rule():
+    loop = Certification(1, 10, 1000, 0.001, 0.5)
+    prediction, selected, p_lower, radius = loop.issue(np.array([4, 6]), np.array([10, 990]))
+    assert (prediction, selected) == (1, 1)
+    assert p_lower == pytest.approx(float(reference.clopper_pearson_lower(torch.tensor(990), 1000, 0.001)), rel=1e-12)
+    assert radius == pytest.approx(
+        0.5 * float(reference.normal_quantile(torch.tensor(p_lower, dtype=torch.float64))), rel=1e-12
+    )
+    # the class is chosen by the selection votes alone, ties go to the lowest, and an uncertain one abstains
+    assert loop.issue(np.array([5, 5]), np.array([500, 500]))[:2] == (-1, 0)
+    assert loop.issue(np.array([6, 4]), np.array([10, 990]))[0] == -1
+    with pytest.raises(ValueError, match="add up"):
+        loop.issue(np.array([5, 5]), np.array([500, 499]))
+
+
+def test_smooth_is_a_drop_in(network):
+    x = torch.rand(1, 28, 28)
+    ours, theirs = pacd_fast.Smooth(network, 10, 0.05, seed=1), reference.Smooth(network, 10, 0.05)
+    label, radius = ours.certify(x, 100, 5000, 0.001, 1000)
+    expected, published = theirs.certify(x, 100, 5000, 0.001, 1000)
+    assert isinstance(label, int) and isinstance(radius, float)
+    assert label == expected and radius == pytest.approx(published, abs=0.01)
+    assert ours.predict(x, 500, 0.001, 100) == label
+    assert pacd_fast.Smooth.ABSTAIN == -1
+    noisier = pacd_fast.Smooth(network, 10, 0.25, seed=1)
+    assert noisier.certify(x, 100, 3000, 0.001) != noisier.certify(x, 100, 3000, 0.001)  # new noise every call
+
+
+def test_predict_is_the_binomial_test():
+    plane, x = Plane([1.0], 0.0), torch.tensor([0.03])
+    seen = set()
+    for seed in range(40):
+        smooth = pacd_fast.Smooth(plane, 2, 0.5, seed=seed)
+        prediction = smooth.predict(x, 400, 0.1)
+        counts = pacd_fast.certify(
+            plane, x.unsqueeze(0), num_classes=2, sigma=0.5, n0=1, n=400, alpha=0.1, seed=seed
+        ).counts[0]
+        assert int(counts.sum()) == 400
+        expected = int(counts.argmax()) if binomtest(int(counts.max()), 400, 0.5).pvalue <= 0.1 else -1
+        assert prediction == expected
+        seen.add(prediction)
+    assert {-1, 1} <= seen
+
+
+def test_bfloat16_is_the_model_in_bfloat16(network):
+    x = torch.rand(1, 1, 28, 28)
+    seen = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, batch):
+            seen.append((batch.dtype, self.inner.training, next(self.parameters()).dtype, len(batch)))
+            return self.inner(batch)
+
+    watched = Watched().train()
+    options = dict(num_classes=10, sigma=0.5, n0=50, n=1000, seed=5)
+    half = pacd_fast.certify(watched, x, dtype=torch.bfloat16, **options)
+    assert {entry[:3] for entry in seen} == {(torch.bfloat16, False, torch.bfloat16)}
+    assert all(rows % 64 == 0 for *_, rows in seen)
+    assert watched.training and next(watched.parameters()).dtype == torch.float32, "the caller's module is left alone"
+    assert int((half.counts - pacd_fast.certify(network, x, **options).counts).abs().sum()) < 100
+
+
+def test_any_callable_and_any_image_shape():
+    found = pacd_fast.certify(
+        lambda x: x.flatten(1)[:, :3], torch.tensor([[[0.0, 9.0, 0.0]]]), num_classes=3, sigma=0.5, n=100
+    )
+    assert found.prediction.tolist() == [1]
+    assert pacd_fast.certify(lambda x: x, torch.zeros(0, 3), num_classes=3, sigma=0.5).prediction.shape == (0,)
+
+
+def test_memory_does_not_grow_with_n():
+    loop = Certification(1, 100, 10**9, 0.001, 0.5)
+    assert len(loop.plan(1000)) == 2  # pieces, not samples
+
+
+class Broken(nn.Module):
+    """Returns NaN for one of a thousand samples of images whose first pixel is above 1/2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = x.flatten(1)[:, :3].clone()
+        logits[::100][x.flatten(1)[::100, 0] > 50] = torch.nan
+        return logits
+
+
+def test_nan_is_an_error_that_names_the_image():
+    x = torch.zeros(3, 3)
+    x[1, 0] = 100
+    with pytest.raises(ValueError, match=r"NaN for \d+ of 1100 noisy copies of image 17"):
+        pacd_fast.certify(Broken(), x, num_classes=3, sigma=0.1, n=1000, image_ids=torch.tensor([5, 17, 6]))
+    each = pacd_fast.certify_each(
+        Broken(), x, num_classes=3, sigma=0.1, n=1000, seed=1, image_ids=torch.tensor([5, 17, 6]), batch_size=64
+    )
+    assert next(each).index == 0, "what is done before the NaN is not lost"
+    with pytest.raises(ValueError, match="NaN"):
+        next(each)
+
+
+BAD = {
+    "sigma": {"sigma": 0.0},
+    "sigma must be positive and finite": {"sigma": math.inf},
+    "alpha": {"alpha": 1.0},
+    "n0 and n": {"n0": 0},
+    "n = 9 is too small .* n = 10, .* radius": {"n": 9},
+    "num_classes": {"num_classes": 1},
+    "seed": {"seed": -1},
+    "batch_size": {"batch_size": 0},
+    "dtype": {"dtype": torch.int64},
+    "image_ids must be int64": {"image_ids": torch.tensor([1.0])},
+    "image_ids must be in": {"image_ids": torch.tensor([-1])},
+    r"logits \[\d+, 4\], not": {"num_classes": 4},
+    "images must be float": {"images": torch.zeros(1, 3, dtype=torch.uint8)},
+    "images hold NaN": {"images": torch.full((1, 3), torch.nan)},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_a_clear_error_before_any_sample(message):
+    calls = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(1)
+        return x.flatten(1)
+
+    options = {"images": torch.zeros(1, 3), "num_classes": 3, "sigma": 0.5, "n": 1000, **BAD[message]}
+    with pytest.raises(ValueError, match=message):
+        pacd_fast.certify(model, options.pop("images"), **options)
+    assert not calls or "logits" in message
+
+
+@pytest.mark.cuda
+def test_cuda_certifies_like_the_cpu(network):
+    x = torch.rand(4, 1, 28, 28)
+    options = dict(num_classes=10, sigma=0.5, n=20_000, seed=5)
+    there = pacd_fast.certify(network.cuda(), x.cuda(), **options)
+    here = pacd_fast.certify(network.cpu(), x, **options)
+    # the noise is the same bit for bit; logits may differ in the last place, and with them a vote near a tie
+    assert int((there.counts - here.counts).abs().sum()) <= 0.002 * 4 * 20_000
+    assert torch.equal(there.prediction, here.prediction)

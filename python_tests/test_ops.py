@@ -1,0 +1,246 @@
+"""The contract of all operators: registration, opcheck, reference.py, split invariance, compile, CUDA bits."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from conftest import CASES
+from torch import Tensor
+
+from pacd_fast import ops, reference
+
+OPERATORS = sorted({case.op for case in CASES.values()})
+
+
+def registered() -> list[str]:
+    return sorted(
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pacd_fast::")
+    )
+
+
+def on(device: str, value: object) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def lowered(case_name: str):
+    """The calls of the registered operator that a case's wrapper makes."""
+    case, calls = CASES[case_name], []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "pacd_fast":
+                calls.append((func, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        for args, options in case.arguments():
+            case.run(*args, **options)
+    return calls
+
+
+def test_every_operator_has_a_case_a_wrapper_and_a_plain_version():
+    assert registered() == OPERATORS
+    wrappers = {name for name, value in vars(ops).items() if inspect.isfunction(value) and name in ops.__all__}
+    assert wrappers == {name for name in CASES if "," not in name}
+    assert all(callable(getattr(reference, name)) for name in wrappers)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_is_registered_everywhere(name):
+    keys = ["CPU", "Meta"] + (["CUDA"] if ops.cuda_library == "loaded" else [])
+    for key in keys:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pacd_fast::{name}", key), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name):
+    calls = lowered(name)
+    assert calls
+    for func, args in calls:
+        torch.library.opcheck(func, args)
+    if name == "noisy_copies":
+        func, args = calls[0]
+        torch.library.opcheck(func, (args[0].requires_grad_(), *args[1:]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_plain_version(name):
+    case = CASES[name]
+    for args, options in case.arguments():
+        case.close(case.run(*args, **options), case.plain(*args, **options))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_gives_the_bits_of_the_cpu(name):
+    case = CASES[name]
+    if name == "noisy_copies, out":
+        pytest.skip("writes into a CPU tensor; test_cuda_fills_out has it")
+    for args, options in case.arguments():
+        there = case.run(*(on("cuda", a) for a in args), **{k: on("cuda", v) for k, v in options.items()})
+        assert torch.equal(there.cpu(), case.run(*args, **options))
+
+
+@pytest.mark.cuda
+def test_cuda_fills_out():
+    x = torch.rand(3, 3, 32, 32)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = torch.empty(12, 3, 32, 32, dtype=torch.bfloat16, device="cuda").contiguous(memory_format=layout)
+        ops.noisy_copies(x.cuda(), 0.5, 4, 3, out=out)
+        assert torch.equal(out.cpu(), ops.noisy_copies(x, 0.5, 4, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.cuda
+def test_cuda_runs_on_the_current_stream():
+    x, stream = torch.rand(64, 3, 64, 64, device="cuda"), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        x = x * 2  # ordered before the noise only on this stream
+        there = ops.noisy_copies(x, 1.0, 16, 5)
+    stream.synchronize()
+    assert torch.equal(there.cpu(), ops.noisy_copies(x.cpu(), 1.0, 16, 5))
+
+
+@pytest.mark.cuda
+def test_cuda_leaves_out_votes_for_no_image():
+    counts = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+    logits, index = torch.eye(3, device="cuda"), torch.tensor([0, 7, -1], device="cuda")
+    assert int(ops.add_votes_(counts, logits, index).sum()) == 0
+    assert counts.tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 3, 64), (4, 1, 28, 28), (2, 3, 31, 33)])
+def test_noise_does_not_depend_on_the_split(shape):
+    x, ids = torch.rand(*shape), torch.arange(shape[0]) * 3 + 5
+    whole = ops.noisy_copies(x, 0.7, 13, 11, image_ids=ids).unflatten(0, (shape[0], 13))
+    for i in range(shape[0]):
+        for first, count in ((0, 1), (1, 5), (6, 7)):
+            part = ops.noisy_copies(x[i : i + 1], 0.7, count, 11, first=first, image_ids=ids[i : i + 1])
+            assert torch.equal(part, whole[i, first : first + count])
+
+
+def test_noise_does_not_depend_on_threads_or_layout():
+    x = torch.rand(5, 3, 32, 32)
+    threads = torch.get_num_threads()
+    plain = ops.noisy_copies(x, 0.7, 20, 3)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(plain, ops.noisy_copies(x, 0.7, 20, 3))
+            assert torch.equal(plain, ops.noisy_copies(x, 0.7, 20, 3, memory_format=torch.channels_last))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_noise_is_different_for_every_key():
+    x = torch.zeros(1, 64)
+    base = dict(seed=1, first=0, image_ids=torch.tensor([0]), stream=0)
+    changes = (
+        {"seed": 2},
+        {"seed": 1 + 2**32},
+        {"first": 1},
+        {"image_ids": torch.tensor([1])},
+        {"image_ids": torch.tensor([2**32])},
+        {"stream": 1},
+    )
+    draws = [ops.noisy_copies(x, 1.0, **{**base, **change}) for change in ({}, *changes)]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(draws)
+
+
+def test_half_precision_rounds_like_torch():
+    x = torch.cat(
+        [
+            torch.randn(4000),
+            torch.randn(4000) * 1e-6,
+            torch.tensor([0.0, 65519.9, 65520.0, 1e30, 6e-8, 2.9e-8, torch.inf]),
+        ]
+    )
+    x = torch.cat([x, -x]).unsqueeze(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(ops.noisy_copies(x, 0.0, dtype=dtype), x.to(dtype))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_is_the_sum_over_copies(memory_format):
+    x = torch.rand(3, 2, 4, 4, requires_grad=True)
+    std = torch.tensor([0.5, 0.25])
+    y = ops.noisy_copies(x, 0.5, 5, 1, mean=[0.1, 0.2], std=std, memory_format=memory_format)
+    weight = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad((y * weight).sum(), x)
+    expected = weight.unflatten(0, (3, 5)).sum(1) / std.view(1, 2, 1, 1)
+    torch.testing.assert_close(gradient, expected)
+    y = ops.noisy_copies(x, 0.5, 5, 1)
+    (first,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 6 * y.detach().unflatten(0, (3, 5)).sum(1))
+
+
+def test_compiles_without_a_break():
+    def step(x: Tensor, counts: Tensor, weight: Tensor, first: int) -> Tensor:
+        noisy = ops.noisy_copies(x, 0.5, 4, 9, first=first)
+        index = torch.arange(len(x)).repeat_interleave(4)
+        ops.add_votes_(counts, noisy.flatten(1) @ weight, index)
+        return ops.clopper_pearson_lower(counts, 4, 0.4) + ops.normal_quantile(counts.double() / 4)
+
+    x, weight = torch.rand(3, 1, 4, 4), torch.randn(16, 5)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for first in (0, 4, 8):
+        ours, theirs = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64)
+        assert torch.equal(compiled(x, ours, weight, first), step(x, theirs, weight, first))
+        assert torch.equal(ours, theirs) and int(ours.sum()) == 12
+
+
+def test_votes_split_over_calls_and_threads():
+    logits, index = torch.randn(40_000, 10), torch.randint(0, 50, (40_000,))
+    whole, parts = torch.zeros(50, 10, dtype=torch.int64), torch.zeros(50, 10, dtype=torch.int64)
+    ops.add_votes_(whole, logits, index)
+    for piece, where in zip(logits.split(777), index.split(777), strict=True):
+        ops.add_votes_(parts, piece, where)
+    assert torch.equal(whole, parts) and int(whole.sum()) == 40_000
+
+
+BAD = {
+    "sigma": lambda x: ops.noisy_copies(x, -1.0),
+    "sigma must be finite": lambda x: ops.noisy_copies(x, float("nan")),
+    "copies": lambda x: ops.noisy_copies(x, 1.0, 0),
+    "seed": lambda x: ops.noisy_copies(x, 1.0, 1, -1),
+    "samples": lambda x: ops.noisy_copies(x, 1.0, 2, first=2**32 - 1),
+    "stream": lambda x: ops.noisy_copies(x, 1.0, stream=65536),
+    "image_ids": lambda x: ops.noisy_copies(x, 1.0, image_ids=torch.tensor([0])),
+    "float32, bfloat16": lambda x: ops.noisy_copies(x.double(), 1.0),
+    "dtype": lambda x: ops.noisy_copies(x, 1.0, dtype=torch.float64),
+    "come together": lambda x: ops.noisy_copies(x, 1.0, mean=[0.0] * 3),
+    "one number per channel": lambda x: ops.noisy_copies(x, 1.0, mean=[0.0], std=[1.0]),
+    "memory_format": lambda x: ops.noisy_copies(x, 1.0, memory_format=torch.channels_last_3d),
+    "channels_last needs": lambda x: ops.noisy_copies(x[0], 1.0, memory_format=torch.channels_last),
+    "out must be": lambda x: ops.noisy_copies(x, 1.0, out=torch.empty(1, 3, 4, 4)),
+    "out must be contiguous": lambda x: ops.noisy_copies(x, 1.0, out=torch.empty(2, 3, 4, 8)[..., ::2]),
+    "counts": lambda x: ops.add_votes_(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)),
+    "logits": lambda x: ops.add_votes_(
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+    ),
+    "image_index must be int64": lambda x: ops.add_votes_(
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64)
+    ),
+    r"image_index must be in \[0, 2\)": lambda x: ops.add_votes_(
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+    ),
+    "k must be int64": lambda x: ops.clopper_pearson_lower(torch.tensor(1.0), 10, 0.1),
+    r"k must be in \[0, n\]": lambda x: ops.clopper_pearson_upper(torch.tensor(11), 10, 0.1),
+    "n must be": lambda x: ops.clopper_pearson_lower(torch.tensor(0), 0, 0.1),
+    "alpha": lambda x: ops.clopper_pearson_lower(torch.tensor(1), 10, 1.0),
+    "p must be float64": lambda x: ops.normal_quantile(torch.tensor(0.5)),
+    "rounding": lambda x: ops.normal_quantile(torch.tensor(0.5, dtype=torch.float64), rounding="nearest"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_a_clear_error(message):
+    with pytest.raises(ValueError, match=message):
+        BAD[message](torch.rand(2, 3, 4, 4))
+
+
+def test_nothing_in_nothing_out():
+    assert ops.noisy_copies(torch.rand(0, 3, 4, 4), 1.0, 5).shape == (0, 3, 4, 4)
+    assert ops.noisy_copies(torch.rand(2, 0), 1.0, 5).shape == (10, 0)
