@@ -18,6 +18,7 @@
 // contraction is off (-ffp-contract=off) and every fma is written out.  PACD_NO_CLONES is for sanitizer builds, whose
 // runtime is not up yet when the loader resolves the clones.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PACD_NO_CLONES)
+#define PACD_HAS_LEVELS 1
 #define PACD_CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PACD_CLONES

@@ -114,7 +114,7 @@ py::array_t<uint32_t> random_bits(uint64_t seed, uint32_t stream, uint64_t image
   py::gil_scoped_release release;
   for (int64_t s = 0; s < samples; ++s) {
     for (uint32_t b = 0; b < blocks; ++b, words += 4) {
-      const Words w = random_words(seed, stream, image, first + static_cast<uint32_t>(s), b);
+      const Words w = random_words({seed, image, stream, first + static_cast<uint32_t>(s)}, b);
       words[0] = w.w0;
       words[1] = w.w1;
       words[2] = w.w2;

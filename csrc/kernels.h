@@ -1,8 +1,8 @@
 // Every kernel as a plain struct: its arguments, and what one work item does.  No torch in here.
 //
-// A RowKernel has `void operator()(int64_t row) const`.  A TileKernel makes 64 elements of a row at a time: `draw` gives
-// the numbers of one of the 16 counters of a tile, `put` turns one number into one element.  The executors in
-// ops_cpu.cpp and ops_cuda.cu run any of them.
+// A row kernel has `void operator()(int64_t row) const`.  A noise kernel has `row`, what the elements of a row share, and
+// `put`, which turns one normal number into one element (`put_run`: a tile of them); the executors in ops_cpu.cpp and
+// ops_cuda.cu draw the numbers, tile by tile, and run any kernel.
 #pragma once
 
 #include "binomial.h"
@@ -52,9 +52,6 @@ PACD_INLINE void convert(float x, Half* out) {
 // out[row] = (x[row / copies] + sigma * noise - mean) * (1 / std), the noise of (seed, stream, image, first + row % copies).
 template <class Out, bool normalise>
 struct NoisyCopies {
-  static constexpr int tile = 64;
-  static constexpr int lanes = 16;
-
   const float* x;
   Out* out;
   const int64_t* image_ids;  // null: 0, 1, 2, ...
@@ -68,27 +65,15 @@ struct NoisyCopies {
 
   // What all elements of a row share.
   struct Row {
-    uint64_t image;
-    uint32_t sample;
+    NoiseKey key;
     const float* pixels;
     Out* target;
   };
 
   PACD_INLINE Row row(int64_t r) const {
     const int64_t image = r / copies;
-    return {static_cast<uint64_t>(image_ids ? image_ids[image] : image), static_cast<uint32_t>(first + (r - image * copies)),
-            x + image * elements, out + r * elements};
-  }
-
-  // Element e = 64 t + 16 w + lane takes word w of the block 16 t + lane: a tile is 16 counters side by side.
-  PACD_INLINE void draw(const Row& at, int64_t t, int lane, float* numbers, int stride) const {
-    const Words words = random_words(seed, stream, at.image, at.sample, static_cast<uint32_t>(t * lanes + lane));
-    const NormalPair a = box_muller(words.w0, words.w1);
-    const NormalPair b = box_muller(words.w2, words.w3);
-    numbers[0 * stride] = a.first;
-    numbers[1 * stride] = a.second;
-    numbers[2 * stride] = b.first;
-    numbers[3 * stride] = b.second;
+    const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
+    return {{seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))}, x + image * elements, out + r * elements};
   }
 
   PACD_INLINE float value(float pixel, float number, float shift, float inverse) const {
@@ -104,7 +89,7 @@ struct NoisyCopies {
     convert(value(at.pixels[e], number, shift, inverse), at.target + place);
   }
 
-  // A tile's elements [begin, end) from its numbers, in runs of one channel, whose loops the compiler can vectorise.
+  // The elements [begin, end) of some tiles from their numbers, in runs of one channel, whose loops the compiler can vectorise.
   PACD_INLINE void put_run(const Row& at, int64_t begin, int64_t end, const float* numbers) const {
     const float* pixels = at.pixels;
     Out* target = at.target;
@@ -119,8 +104,6 @@ struct NoisyCopies {
       if (scattered) {
         Out* place = target + (begin - channel * plane) * channels + channel;
         for (int i = 0; i < length; ++i) convert(value(pixels[begin + i], numbers[i], shift, inverse), place + i * channels);
-      } else if (length == tile) {
-        for (int i = 0; i < tile; ++i) convert(value(pixels[begin + i], numbers[i], shift, inverse), target + begin + i);
       } else {
         for (int i = 0; i < length; ++i) convert(value(pixels[begin + i], numbers[i], shift, inverse), target + begin + i);
       }

@@ -1,23 +1,26 @@
 // The operators' schemas, and the CPU executor: torch's threads times compiler-written SIMD.
 #include "ops.h"
+#include "tile_cpu.h"
 
 namespace pacd {
 namespace {
 
-// The two loops below are compiled once per instruction set; what they call is forced inline into each copy.
+// The two loops below are compiled once per instruction set; what they call is inlined into each copy, but draw_tiles,
+// which has copies of its own.
 template <class Kernel>
 PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end, int64_t tiles) {
   const Kernel kernel = shared;  // a copy: what is written cannot alias it
+  constexpr int64_t most = 16;   // tiles at a time, so that their numbers stay in the first cache
+  alignas(64) float numbers[most * tile_size];
   for (int64_t i = begin; i < end;) {
     const int64_t r = i / tiles, first = i - r * tiles;
     const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
     const typename Kernel::Row row = kernel.row(r);
-    for (int64_t tile = first; tile < last; ++tile) {
-      alignas(64) float numbers[Kernel::tile];
-      for (int lane = 0; lane < Kernel::lanes; ++lane) kernel.draw(row, tile, lane, numbers + lane, Kernel::lanes);
-      const int64_t start = tile * Kernel::tile;
-      const int64_t stop = start + Kernel::tile;
-      kernel.put_run(row, start, stop < kernel.elements ? stop : kernel.elements, numbers);
+    for (int64_t tile = first; tile < last; tile += most) {
+      const int64_t count = last - tile < most ? last - tile : most;
+      draw_tiles(row.key, tile, static_cast<int>(count), numbers);
+      const int64_t stop = (tile + count) * tile_size;
+      kernel.put_run(row, tile * tile_size, stop < kernel.elements ? stop : kernel.elements, numbers);
     }
     i += last - first;
   }
@@ -37,7 +40,7 @@ void split(int64_t count, int64_t grain, const Body& body) {
 struct Cpu {
   template <class Kernel>
   static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor&) {
-    const int64_t tiles = (kernel.elements + Kernel::tile - 1) / Kernel::tile;
+    const int64_t tiles = (kernel.elements + tile_size - 1) / tile_size;
     split(rows * tiles, 256, [&](int64_t begin, int64_t end) { tiles_between(kernel, begin, end, tiles); });
   }
 

@@ -18,18 +18,18 @@ void check(cudaError_t status, const char* what) {
 
 template <class Kernel>
 __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_t rows, int64_t tiles) {
-  const int64_t count = rows * tiles * Kernel::lanes;
+  const int64_t count = rows * tiles * tile_lanes;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
-    const int lane = static_cast<int>(i % Kernel::lanes);
-    const int64_t r = i / Kernel::lanes / tiles, tile = i / Kernel::lanes % tiles;
+    const int lane = static_cast<int>(i % tile_lanes);
+    const int64_t r = i / tile_lanes / tiles, tile = i / tile_lanes % tiles;
     const typename Kernel::Row row = kernel.row(r);
-    constexpr int numbers = Kernel::tile / Kernel::lanes;
+    constexpr int numbers = tile_size / tile_lanes;
     float number[numbers];
-    kernel.draw(row, tile, lane, number, 1);
+    four_normals(random_words(row.key, static_cast<uint32_t>(tile * tile_lanes + lane)), number, 1);
 #pragma unroll
     for (int j = 0; j < numbers; ++j) {
-      const int64_t e = tile * Kernel::tile + j * Kernel::lanes + lane;
+      const int64_t e = tile * tile_size + j * tile_lanes + lane;
       if (e < kernel.elements) kernel.put(row, e, number[j]);
     }
   }
@@ -58,8 +58,8 @@ struct Cuda {
   template <class Kernel>
   static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor& on) {
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    const int64_t tiles = (kernel.elements + Kernel::tile - 1) / Kernel::tile;
-    tiles_kernel<<<blocks(rows * tiles * Kernel::lanes), block_size, 0, stream(on)>>>(kernel, rows, tiles);
+    const int64_t tiles = (kernel.elements + tile_size - 1) / tile_size;
+    tiles_kernel<<<blocks(rows * tiles * tile_lanes), block_size, 0, stream(on)>>>(kernel, rows, tiles);
     check(cudaGetLastError(), "launch");
   }
 

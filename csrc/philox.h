@@ -30,16 +30,19 @@ PACD_INLINE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
   return {static_cast<uint32_t>(w0), static_cast<uint32_t>(w1), static_cast<uint32_t>(w2), static_cast<uint32_t>(w3)};
 }
 
-// How the package lays its randomness out.  Noise is a function of these five numbers and of nothing else:
-//   seed    64 bits   the key
-//   stream  16 bits   which use: 0 selection, 1 estimation, 2 and up training and attacks
-//   image   48 bits   the image's id in its data set
-//   sample  32 bits   which copy of the image
-//   block   32 bits   which four elements of the image
-PACD_INLINE Words random_words(uint64_t seed, uint32_t stream, uint64_t image, uint32_t sample, uint32_t block) {
-  const Words counter = {block, sample, static_cast<uint32_t>(image),
-                         (stream << 16) | static_cast<uint32_t>((image >> 32) & 0xFFFFu)};
-  return philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+// How the package lays its randomness out.  Noise is a function of these four numbers and the block, and of nothing else.
+struct NoiseKey {
+  uint64_t seed;    // the generator's key
+  uint64_t image;   // 48 bits: the image's id in its data set
+  uint32_t stream;  // 16 bits: which use; 0 selection, 1 estimation, 2 and up training and attacks
+  uint32_t sample;  // which copy of the image
+};
+
+// Block b holds the random words of four elements of the image.
+PACD_INLINE Words random_words(const NoiseKey& key, uint32_t block) {
+  const Words counter = {block, key.sample, static_cast<uint32_t>(key.image),
+                         (key.stream << 16) | static_cast<uint32_t>((key.image >> 32) & 0xFFFFu)};
+  return philox4x32(counter, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 }
 
 }  // namespace pacd

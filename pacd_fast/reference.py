@@ -30,6 +30,14 @@ def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack([w0, w1, w2, w3], -1).astype(np.uint32)
 
 
+def unit_vectors(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of the angle of a word: 29 bits within an eighth of a turn, then a swap and two signs."""
+    angle = (words & 0x1FFFFFFF).astype(np.float64) * (np.pi / 4 / 2**29)
+    swap = (words & 0x20000000) != 0
+    cosine, sine = np.where(swap, np.sin(angle), np.cos(angle)), np.where(swap, np.cos(angle), np.sin(angle))
+    return np.where(words & 0x40000000, -cosine, cosine), np.where(words & 0x80000000, -sine, sine)
+
+
 def standard_normals(elements: int, seed: int, stream: int, image: int, sample: int) -> np.ndarray:
     """The noise of one sample as float64 [elements], in exact arithmetic of its random words."""
     tiles = -(-elements // 64)
@@ -43,8 +51,8 @@ def standard_normals(elements: int, seed: int, stream: int, image: int, sample: 
         .astype(np.float32)
         .astype(np.float64)
     )
-    radius, angle = np.sqrt(np.maximum(-2 * np.log(u), 0)), words[:, 1::2].astype(np.float64) * (2 * np.pi / 2**32)
-    numbers = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)  # [counter, pair, (cos, sin)]
+    radius, cosine, sine = np.sqrt(np.maximum(-2 * np.log(u), 0)), *unit_vectors(words[:, 1::2])
+    numbers = np.stack([radius * cosine, radius * sine], -1)  # [counter, pair, (cosine, sine)]
     return numbers.reshape(tiles, 16, 4).transpose(0, 2, 1).reshape(-1)[:elements]
 
 

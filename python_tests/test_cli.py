@@ -1,4 +1,4 @@
-"""The command line as a user runs it: train, certify, kill, resume, shards, summary, plot, and bad input of all kinds."""
+"""The command line as a user runs it: train, certify, kill, resume, shards, summary, plot, bad input of all kinds."""
 
 from __future__ import annotations
 

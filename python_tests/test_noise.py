@@ -60,8 +60,12 @@ def test_box_muller_against_mpmath():
         for (a, b), (x, y) in zip(words.tolist(), found.tolist(), strict=True):
             # the uniform is rounded to float32: its error is part of the definition, the rest is the function's
             u = float(np.float32(float(np.float32(a)) * 2.0**-32 + 2.0**-33))
-            radius, angle = mp.sqrt(-2 * mp.log(u)), 2 * mp.pi * b / 2**32
-            worst = max(worst, abs(x - radius * mp.cos(angle)), abs(y - radius * mp.sin(angle)))
+            radius, angle = mp.sqrt(-2 * mp.log(u)), mp.pi / 4 * (b & 0x1FFFFFFF) / 2**29
+            pair = [mp.cos(angle), mp.sin(angle)]
+            if b & 0x20000000:
+                pair.reverse()
+            cosine, sine = (-v if b & bit else v for v, bit in zip(pair, (0x40000000, 0x80000000), strict=True))
+            worst = max(worst, abs(x - radius * cosine), abs(y - radius * sine))
             if radius > 0:
                 worst_radius = max(worst_radius, abs(mp.hypot(x, y) / radius - 1))
     assert worst < 2e-6

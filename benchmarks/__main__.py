@@ -1,0 +1,12 @@
+"""All benchmarks, one after another: python -m benchmarks [name ...]."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAMES = ("bench_ops", "bench_certify")
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or NAMES:
+        importlib.import_module(f"benchmarks.{name.removesuffix('.py')}").main()

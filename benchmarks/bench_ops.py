@@ -1,0 +1,103 @@
+"""The operators one by one: time, bandwidth, ratio to a peer, ratio to the limit, in one run on the same inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scipy.stats import beta
+from statsmodels.stats.proportion import proportion_confint
+
+from benchmarks.report import medians, record
+from pacd_fast import ops
+
+
+def row(
+    what: str, unit: str, count: int, times: dict[str, float], bytes_moved: int | None, limit: str
+) -> dict[str, Any]:
+    scale = 1e9 / count
+    return {
+        "operator": what,
+        "unit": unit,
+        "ours, ns": times["ours"] * scale,
+        "GB/s": bytes_moved / times["ours"] / 1e9 if bytes_moved else "-",
+        "peer, ns": times["peer"] * scale,
+        "times faster": times["peer"] / times["ours"],
+        "limit": limit,
+        "limit / ours": times["limit"] / times["ours"] if "limit" in times else "-",
+    }
+
+
+def noise(device: str) -> list[dict[str, Any]]:
+    rows = []
+    for shape, copies in (((1, 28, 28), 400), ((3, 32, 32), 256)):
+        copies = copies if device == "cpu" else copies * 64
+        x = torch.rand(1, *shape, device=device)
+        for dtype in (torch.float32, torch.bfloat16):
+            out = torch.empty(copies, *shape, dtype=dtype, device=device)
+            times = medians(
+                {
+                    "ours": lambda x=x, copies=copies, out=out: ops.noisy_copies(x, 0.5, copies, 1, out=out),
+                    "peer": lambda x=x, copies=copies, shape=shape, dtype=dtype: (
+                        x.expand(copies, *shape) + 0.5 * torch.randn(copies, *shape, device=x.device)
+                    ).to(dtype),
+                    "limit": lambda out=out: out.fill_(1.0),
+                },
+                rounds=41,
+            )
+            name = f"noisy_copies {copies} x {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+            rows.append(row(name, "element", out.numel(), times, out.numel() * out.element_size(), "fill_"))
+    return rows
+
+
+def votes(device: str) -> list[dict[str, Any]]:
+    rows = []
+    for images, classes in ((4096, 10), (4096, 1000)):
+        logits = torch.randn(images, classes, device=device)
+        index = torch.randint(0, 16, (images,), device=device)
+        counts = torch.zeros(16, classes, dtype=torch.int64, device=device)
+        one = torch.ones_like(index)
+        times = medians(
+            {
+                "ours": lambda counts=counts, logits=logits, index=index: ops.add_votes_(counts, logits, index),
+                "peer": lambda counts=counts, logits=logits, index=index, one=one: counts.index_put_(
+                    (index, logits.argmax(1)), one, accumulate=True
+                ),
+                "limit": lambda logits=logits: logits.sum(),
+            },
+            rounds=41,
+        )
+        rows.append(row(f"add_votes_ {images} x {classes}", "row", images, times, logits.numel() * 4, "sum"))
+    return rows
+
+
+def bounds(device: str) -> list[dict[str, Any]]:
+    k = torch.randint(1, 100_001, (2000,), device=device)
+    host = k.cpu().numpy()
+    times = medians(
+        {
+            "ours": lambda: ops.clopper_pearson_lower(k, 100_000, 0.001),
+            "peer": lambda: [proportion_confint(int(hits), 100_000, 0.002, method="beta") for hits in host[:100]],
+            "limit": lambda: beta.ppf(0.001, host, 100_001 - host),
+        },
+        rounds=7,
+    )
+    times["peer"] *= len(host) / 100
+    rows = [row("clopper_pearson_lower, n = 100 000, verified", "bound", len(host), times, None, "scipy, not verified")]
+    p = torch.rand(20_000, dtype=torch.float64, device=device)
+    times = medians({"ours": lambda: ops.normal_quantile(p), "peer": lambda: torch.special.ndtri(p)}, rounds=7)
+    return [*rows, row("normal_quantile, verified", "quantile", p.numel(), times, None, "-")]
+
+
+def main() -> None:
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() and ops.cuda_library == "loaded" else [])):
+        threads = torch.get_num_threads()
+        if device == "cpu":
+            torch.set_num_threads(1)
+            record("noise on one thread", noise(device), device)
+            torch.set_num_threads(threads)
+        record("operators", [*noise(device), *votes(device), *bounds(device)], device)
+
+
+if __name__ == "__main__":
+    main()
