@@ -40,13 +40,20 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The operator tests under the address and undefined behaviour sanitizers, in an environment of their own.
+# The operator and bound tests under the address and undefined behaviour sanitizers, in an environment of their own that
+# sees the other one's packages, but not its editable install.
+SANITIZE := $(CURDIR)/build/sanitize
 sanitize: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall --target build/sanitized . \
-	  -C cmake.define.PACD_SANITIZE=ON -C cmake.define.PACD_CUDA=OFF -C build-dir=build/sanitized-objects
-	cd build && PYTHONPATH=$(CURDIR)/build/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	rm -rf $(SANITIZE)
+	$(BIN)/python -m venv $(SANITIZE)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(SANITIZE)/packages.txt
+	cp $(SANITIZE)/packages.txt "$$($(SANITIZE)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(SANITIZE)/bin/python -m pip install --quiet --no-build-isolation --no-deps . \
+	  -C cmake.define.PACD_SANITIZE=ON -C cmake.define.PACD_CUDA=OFF -C build-dir=$(SANITIZE)/objects
+	cd $(SANITIZE) && export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
+	  bin/python -c "from pacd_fast._C import build_info; assert build_info()['sanitized']; print('sanitized build')" && \
+	  bin/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	  $(CURDIR)/python_tests/test_ops.py $(CURDIR)/python_tests/test_bounds.py
 
 clean:

@@ -160,6 +160,11 @@ py::dict build_info() {
   info["compiler"] = PACD_COMPILER;
   info["simd"] = simd_level();
   info["built_with_torch"] = PACD_TORCH_VERSION;
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitized"] = true;
+#else
+  info["sanitized"] = false;
+#endif
   info["cuda_compiler"] = PACD_CUDA_COMPILER;
   info["cuda_architectures"] = PACD_CUDA_ARCHITECTURES;
   return info;
