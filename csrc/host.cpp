@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "flips.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -141,6 +142,35 @@ py::array_t<float> normals(py::array_t<uint32_t, py::array::c_style | py::array:
   return out;
 }
 
+// log tau(r), r = 0..: see flips.h.
+py::array_t<double> flip_table(double q, int64_t classes, int64_t r_max, double log_smallest) {
+  if (r_max < 0) throw py::value_error("r_max must not be negative");
+  std::vector<double> table;
+  {
+    py::gil_scoped_release release;
+    table = log_flip_table(LabelNoise(q, classes), r_max, log_smallest);
+  }
+  return py::array_t<double>(static_cast<py::ssize_t>(table.size()), table.data());
+}
+
+using Influences = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Influences alpha, Counts y, double q, int64_t classes,
+                                                                            bool smoothed, int threads) {
+  if (alpha.ndim() != 2 || y.ndim() != 1 || y.size() != alpha.shape(1)) throw py::value_error("alpha must be [m, n] and y [n]");
+  for (py::ssize_t i = 0; i < y.size(); ++i)
+    if (y.data()[i] < 0 || y.data()[i] >= classes) throw py::value_error("labels must be in [0, classes)");
+  const LabelNoise noise(q, classes);
+  py::array_t<int64_t> prediction(alpha.shape(0)), flips(alpha.shape(0));
+  const double* rows = alpha.data();
+  int64_t *classes_out = prediction.mutable_data(), *flips_out = flips.mutable_data();
+  {
+    py::gil_scoped_release release;
+    linear_flips(rows, alpha.shape(0), y.data(), y.size(), noise, smoothed, classes_out, flips_out, threads);
+  }
+  return {prediction, flips};
+}
+
 std::pair<double, double> pair_of(Dd x) { return {x.hi, x.lo}; }
 
 const char* simd_level() {
@@ -185,10 +215,17 @@ PYBIND11_MODULE(_C, m) {
            "(prediction or -1, selected class, p_lower, radius) from an image's votes.");
   m.def("clopper_pearson_table", &clopper_pearson_table, py::arg("n"), py::arg("alpha"), py::arg("upper") = false,
         "Clopper-Pearson bounds for k = 0..n as float64 [n + 1], rounded outward.");
+  m.def("flip_table", &flip_table, py::arg("q"), py::arg("classes"), py::arg("r_max"), py::arg("log_smallest") = -INFINITY,
+        "log tau(r) for r = 0, 1, ..., rounded down; ends at r_max or with the first entry <= log_smallest.");
+  m.def("linear_flips", &flips_of_linear_votes, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"), py::arg("smoothed"),
+        py::arg("threads") = 1, "(prediction, flips) of the white-box certificate (smoothed) or of the unsmoothed classifier.");
   m.def("random_bits", &random_bits, py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"), py::arg("blocks"),
         py::arg("samples"), "The uniform words behind the noise: uint32 [samples, blocks, 4].");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"), "Philox4x32-10 of four counter words and two key words.");
   m.def("normals", &normals, py::arg("words"), "Box-Muller of uint32 [N, 2] -> float32 [N, 2].");
+  m.def("exp_negative", [](double x) { const ExpPair p = exp_negative(x); return std::make_pair(p.e, p.g); }, py::arg("x"),
+        "(exp(-x), 1 - exp(-x)) as the label-flip bound computes them, for the tests.");
+  m.def("log_near_one", [](double p) { return log_near_one(p); }, py::arg("p"), "log on [2^-1/2, 2^1/2), for the tests.");
   m.def("exp_dd", [](double hi, double lo) { return pair_of(exp(Dd(hi, lo))); }, "Double-double exp, for the tests.");
   m.def("log_dd", [](double hi, double lo) { return pair_of(log(Dd(hi, lo))); }, "Double-double log, for the tests.");
   m.def("log_factorial_dd", [](int64_t n) { return pair_of(log_factorial(n)); }, "Double-double log(n!), for the tests.");

@@ -1,11 +1,13 @@
 // Every kernel as a plain struct: its arguments, and what one work item does.  No torch in here.
 //
-// A row kernel has `void operator()(int64_t row) const`.  A noise kernel has `row`, what the elements of a row share, and
-// `put`, which turns one normal number into one element (`put_run`: a tile of them); the executors in ops_cpu.cpp and
-// ops_cuda.cu draw the numbers, tile by tile, and run any kernel.
+// A row kernel has `void operator()(int64_t row) const`.  A team kernel has `void operator()(const Team&, int64_t row)
+// const` and sums over its row in the team's lanes (chernoff.h).  A noise kernel has `row`, what the elements of a row
+// share, and `put`, which turns one normal number into one element (`put_run`: a tile of them); the executors in
+// ops_cpu.cpp and ops_cuda.cu draw the numbers, tile by tile, and run any kernel.
 #pragma once
 
 #include "binomial.h"
+#include "chernoff.h"
 #include "normal.h"
 #include "quantile.h"
 
@@ -150,6 +152,40 @@ struct ClopperPearson {
 
   PACD_INLINE void operator()(int64_t i) const {
     bound[i] = upper ? clopper_pearson_upper(k[i], n[i], alpha[i]) : clopper_pearson_lower(k[i], n[i], alpha[i]);
+  }
+};
+
+// The label-flip tail bound of each row of alpha[rows, n] against two-class labels; chernoff.h.
+struct ChernoffNewton {
+  const double* alpha;
+  const int64_t* y;
+  double* t;
+  double* log_tail;
+  int64_t n;
+  double q, reach;
+
+  template <class Team>
+  PACD_INLINE void operator()(const Team& team, int64_t row) const {
+    const ChernoffRow<false> problem{alpha + row * n, y, n, 1.0 - q, q, 0.0, 0.0, 0, 0, 0.5, reach};
+    problem.solve(team, t + row, log_tail + row);
+  }
+};
+
+// The same for pairs of K classes: pairs[rows, per_row, 2], t and log_tail [rows, per_row].
+struct ChernoffPairs {
+  const double* alpha;
+  const int64_t* y;
+  const int64_t* pairs;
+  double* t;
+  double* log_tail;
+  int64_t n, per_row;
+  double keep, other, neutral, outside, reach;
+
+  template <class Team>
+  PACD_INLINE void operator()(const Team& team, int64_t item) const {
+    const ChernoffRow<true> problem{alpha + item / per_row * n, y,       n, keep, other, neutral, outside,
+                                    pairs[2 * item],            pairs[2 * item + 1], 0.0, reach};
+    problem.solve(team, t + item, log_tail + item);
   }
 };
 

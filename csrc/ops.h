@@ -10,7 +10,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <optional>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -27,6 +29,8 @@ inline constexpr const char* schemas[] = {
     "add_votes_(Tensor(a!) counts, Tensor logits, Tensor image_index) -> Tensor",
     "clopper_pearson(Tensor k, Tensor n, Tensor alpha, bool upper) -> Tensor",
     "normal_quantile(Tensor p, bool up) -> Tensor",
+    "chernoff_newton(Tensor alpha, Tensor y, float q) -> (Tensor, Tensor)",
+    "chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor pairs, float q, int classes) -> (Tensor, Tensor)",
 };
 
 // Calls run(Type{}) with the kernel's type for a floating dtype.
@@ -150,6 +154,46 @@ Tensor normal_quantile(Tensor p, bool up) {
   return z;
 }
 
+// The first Newton step goes no further than here in units of 1 / (largest influence): beyond it every term is saturated.
+inline double newton_reach(double keep, double other) { return 2.0 + std::log(keep / other); }
+
+template <class Exec>
+std::tuple<Tensor, Tensor> chernoff_newton(Tensor alpha, Tensor y, double q) {
+  STD_TORCH_CHECK(alpha.scalar_type() == ScalarType::Double && alpha.dim() == 2 && y.scalar_type() == ScalarType::Long &&
+                      y.dim() == 1 && y.size(0) == alpha.size(1),
+                  "chernoff_newton: alpha must be float64 [m, n] and y int64 [n]");
+  STD_TORCH_CHECK(q >= 1e-300 && q < 0.5, "chernoff_newton: q must be in (0, 1/2)");
+  const Tensor rows = torch::stable::contiguous(alpha), labels = torch::stable::contiguous(y);
+  const int64_t m = alpha.size(0);
+  Tensor t = torch::stable::new_empty(alpha, {m}), log_tail = torch::stable::new_empty(alpha, {m});
+  Exec::run_teams(ChernoffNewton{static_cast<const double*>(rows.data_ptr()), static_cast<const int64_t*>(labels.data_ptr()),
+                                 static_cast<double*>(t.data_ptr()), static_cast<double*>(log_tail.data_ptr()), alpha.size(1), q,
+                                 newton_reach(1.0 - q, q)},
+                  m, alpha);
+  return {t, log_tail};
+}
+
+template <class Exec>
+std::tuple<Tensor, Tensor> chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor pairs, double q, int64_t classes) {
+  STD_TORCH_CHECK(alpha.scalar_type() == ScalarType::Double && alpha.dim() == 2 && y.scalar_type() == ScalarType::Long &&
+                      y.dim() == 1 && y.size(0) == alpha.size(1),
+                  "chernoff_newton_pairs: alpha must be float64 [m, n] and y int64 [n]");
+  STD_TORCH_CHECK(pairs.scalar_type() == ScalarType::Long && pairs.dim() == 3 && pairs.size(0) == alpha.size(0) && pairs.size(2) == 2,
+                  "chernoff_newton_pairs: pairs must be int64 [m, P, 2]");
+  const double keep = 1.0 - q, other = q / static_cast<double>(classes - 1);
+  STD_TORCH_CHECK(classes >= 2 && q >= 1e-300 && keep > other, "chernoff_newton_pairs: q must be in (0, (K - 1) / K)");
+  const Tensor rows = torch::stable::contiguous(alpha), labels = torch::stable::contiguous(y);
+  const Tensor rivals = torch::stable::contiguous(pairs);
+  const int64_t m = alpha.size(0), per_row = pairs.size(1);
+  Tensor t = torch::stable::new_empty(alpha, {m, per_row}), log_tail = torch::stable::new_empty(alpha, {m, per_row});
+  Exec::run_teams(ChernoffPairs{static_cast<const double*>(rows.data_ptr()), static_cast<const int64_t*>(labels.data_ptr()),
+                                static_cast<const int64_t*>(rivals.data_ptr()), static_cast<double*>(t.data_ptr()),
+                                static_cast<double*>(log_tail.data_ptr()), alpha.size(1), per_row, keep, other,
+                                other * static_cast<double>(classes - 2), 1.0 - 2.0 * other, newton_reach(keep, other)},
+                  m * per_row, alpha);
+  return {t, log_tail};
+}
+
 template <class Exec>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("noisy_copies_", TORCH_BOX(&noisy_copies_<Exec>));
@@ -157,6 +201,8 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("add_votes_", TORCH_BOX(&add_votes_<Exec>));
   library.impl("clopper_pearson", TORCH_BOX(&clopper_pearson<Exec>));
   library.impl("normal_quantile", TORCH_BOX(&normal_quantile<Exec>));
+  library.impl("chernoff_newton", TORCH_BOX(&chernoff_newton<Exec>));
+  library.impl("chernoff_newton_pairs", TORCH_BOX(&chernoff_newton_pairs<Exec>));
 }
 
 }  // namespace pacd

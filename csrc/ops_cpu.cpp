@@ -31,6 +31,12 @@ PACD_CLONES void rows_between(const Kernel& kernel, int64_t begin, int64_t end) 
   for (int64_t row = begin; row < end; ++row) kernel(row);
 }
 
+template <class Kernel>
+PACD_CLONES void teams_between(const Kernel& shared, int64_t begin, int64_t end) {
+  const Kernel kernel = shared;
+  for (int64_t row = begin; row < end; ++row) kernel(SerialTeam(), row);
+}
+
 // Splits [0, count) over torch's threads; at least `grain` items a thread.
 template <class Body>
 void split(int64_t count, int64_t grain, const Body& body) {
@@ -47,6 +53,11 @@ struct Cpu {
   template <class Kernel>
   static void run_rows(const Kernel& kernel, int64_t rows, int64_t grain, const Tensor&) {
     split(rows, grain, [&](int64_t begin, int64_t end) { rows_between(kernel, begin, end); });
+  }
+
+  template <class Kernel>
+  static void run_teams(const Kernel& kernel, int64_t rows, const Tensor&) {
+    split(rows, 1, [&](int64_t begin, int64_t end) { teams_between(kernel, begin, end); });
   }
 };
 

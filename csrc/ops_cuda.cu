@@ -41,6 +41,44 @@ __global__ void __launch_bounds__(block_size) rows_kernel(Kernel kernel, int64_t
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += stride) kernel(row);
 }
 
+// A block is a team: thread l plays lane l, in the order of SerialTeam, so that the bits are those of the CPU.
+struct BlockTeam {
+  template <int R, class Step, class Settle, class Join>
+  __device__ __forceinline__ void reduce(int64_t n, const double (&start)[R], double (&out)[R], int period, Step step,
+                                         Settle settle, Join join) const {
+    __shared__ double lanes[R][kLanes];
+    const int lane = static_cast<int>(threadIdx.x);
+    double mine[R], other[R];
+    for (int r = 0; r < R; ++r) mine[r] = start[r];
+    int round = 0;
+    for (int64_t i = lane; i < n; i += kLanes) {
+      step(mine, i);
+      if (++round == period) {
+        settle(mine);
+        round = 0;
+      }
+    }
+    settle(mine);
+    __syncthreads();  // everyone has read the last reduction's result
+    for (int r = 0; r < R; ++r) lanes[r][lane] = mine[r];
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (lane < half) {
+        for (int r = 0; r < R; ++r) other[r] = lanes[r][lane + half];
+        join(mine, other);
+        for (int r = 0; r < R; ++r) lanes[r][lane] = mine[r];
+      }
+    }
+    __syncthreads();
+    for (int r = 0; r < R; ++r) out[r] = lanes[r][0];
+  }
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(kLanes) teams_kernel(Kernel kernel, int64_t rows) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) kernel(BlockTeam(), row);
+}
+
 struct Cuda {
   static cudaStream_t stream(const Tensor& on) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "pacd_fast: this torch has no CUDA");
@@ -68,6 +106,14 @@ struct Cuda {
     if (rows == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
     rows_kernel<<<blocks(rows), block_size, 0, stream(on)>>>(kernel, rows);
+    check(cudaGetLastError(), "launch");
+  }
+
+  template <class Kernel>
+  static void run_teams(const Kernel& kernel, int64_t rows, const Tensor& on) {
+    if (rows == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    teams_kernel<<<static_cast<unsigned>(rows < 132 * 64 ? rows : 132 * 64), kLanes, 0, stream(on)>>>(kernel, rows);
     check(cudaGetLastError(), "launch");
   }
 };
