@@ -6,15 +6,21 @@ __version__ = version("pacd_fast")
 
 from pacd_fast import ops
 from pacd_fast.certify import Certificate, Certificates, Smooth, certify, certify_each, largest_radius, smallest_n
+from pacd_fast.labelflip import FlipCertificates, LabelFlipCertifier
+from pacd_fast.smoothing import SmoothingCertificate, randomized_smoothing_certificate
 
 __all__ = [
     "Certificate",
     "Certificates",
+    "FlipCertificates",
+    "LabelFlipCertifier",
     "Smooth",
+    "SmoothingCertificate",
     "__version__",
     "certify",
     "certify_each",
     "largest_radius",
     "ops",
+    "randomized_smoothing_certificate",
     "smallest_n",
 ]

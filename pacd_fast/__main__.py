@@ -1,4 +1,4 @@
-"""The command pacd-fast: train, certify, summary, plot, merge, info, selftest."""
+"""The command pacd-fast: train, certify, labelflip, reproduce, summary, plot, merge, info, selftest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import pacd_fast
-from pacd_fast import datasets, models, plots, results, training
+from pacd_fast import datasets, flip_experiments, models, plots, results, training
 from pacd_fast.certify import certify_each, check_arguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     summary.add_argument("files", nargs="+")
     summary.add_argument("--radii", type=float, nargs="+", help="where to give the certified accuracy")
     summary.add_argument("--target-class", type=int)
+    summary.add_argument("--flips", type=int, nargs="+", help="the same for files of label-flip certificates")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     plot = command("plot", run_plot, "draw certified accuracy against radius")
@@ -108,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     merge = command("merge", run_merge, "put the shards of one run together")
     merge.add_argument("files", nargs="+")
     merge.add_argument("--out", required=True)
+
+    flip_experiments.add_commands(command)
 
     command("info", run_info, "versions, SIMD level, threads, CUDA")
     selftest = command("selftest", run_selftest, "test the noise and the bounds on this machine")
@@ -299,6 +302,9 @@ def _named(files: Sequence[str]) -> dict[str, results.Results]:
 
 
 def run_summary(options: argparse.Namespace) -> None:
+    if all(flip_experiments.is_flip_file(path) for path in options.files):
+        flip_experiments.summarize(options.files, options.flips, options.json)
+        return
     read = _named(options.files)
     if options.json:
         found = {
@@ -310,6 +316,10 @@ def run_summary(options: argparse.Namespace) -> None:
 
 
 def run_plot(options: argparse.Namespace) -> None:
+    if all(flip_experiments.is_flip_file(path) for path in options.files):
+        flip_experiments.draw(flip_experiments.read(options.files), options.out, options.title)
+        print(options.out)
+        return
     plots.certified_accuracy(_named(options.files), options.out, options.title)
     print(options.out)
 

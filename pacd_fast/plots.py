@@ -61,6 +61,81 @@ def certified_accuracy(
     figure.savefig(out_path, dpi=200)
 
 
+def flip_curves(
+    curves: Mapping[str, tuple[np.ndarray, float]],
+    training_points: int,
+    out_path: str | os.PathLike[str],
+    *,
+    constant: float,
+    attacked: np.ndarray | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw certified accuracy against label flips: figures 1 to 4 of Rosenfeld et al. 2020.
+
+    curves: per name the flips certified for the test points that are right, and the share of those (the non-robust
+    accuracy, dashed in the colour of its curve, where the curve starts). training_points: the axis at the top is in
+    percent of them. constant: the accuracy of the best constant classifier, which no flips can change (black, dotted).
+    attacked: for an undefended classifier, per test point the flips it survived under attack, -1 where it is wrong
+    (black, an upper bound on its robustness).
+    Raises ValueError for nothing to draw or an unknown ending, FileNotFoundError where the folder does not exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out_path = Path(out_path)
+    if not curves:
+        raise ValueError("no label-flip certificates to draw")
+    if not out_path.parent.is_dir():
+        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
+        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    axes = figure.subplots()
+    right = 1.0
+    for i, (name, (flips, accuracy)) in enumerate(curves.items()):
+        colour, dash = _COLOURS[i % (len(_COLOURS) - 1)], _DASHES[i // (len(_COLOURS) - 1) % len(_DASHES)]
+        steps, heights = _flip_steps(flips, accuracy)
+        right = max(right, float(steps[-1]))
+        axes.plot(steps, heights, dash, color=colour, drawstyle="steps-pre", linewidth=1.4, label=name)
+        axes.axhline(accuracy, color=colour, linestyle=(0, (4, 4)), linewidth=0.8, alpha=0.7)
+    if attacked is not None:
+        correct = attacked >= 0
+        steps, heights = _flip_steps(attacked[correct], float(correct.mean()))
+        axes.plot(steps, heights, color="black", drawstyle="steps-pre", linewidth=1.2, label="undefended, attacked")
+    axes.axhline(constant, color="black", linestyle=":", linewidth=1.1, label="constant classifier")
+    axes.set_xlim(0, right * 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("label flips")
+    axes.set_ylabel("certified accuracy")
+    percent = 100 / training_points
+    share = axes.secondary_xaxis(
+        "top", functions=(lambda r: np.asarray(r) * percent, lambda p: np.asarray(p) / percent)
+    )
+    share.set_xlabel("percent of the training labels")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(
+        fontsize=7,
+        frameon=True,
+        framealpha=0.9,
+        edgecolor="none",
+        title="dashed: non-robust accuracy",
+        title_fontsize=7,
+    )
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(out_path, dpi=200)
+
+
+def _flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the step curve: up to steps[i] flips, a share heights[i] is right and certified."""
+    steps = np.sort(np.asarray(flips, dtype=float))
+    heights = accuracy * np.arange(len(steps), 0, -1) / max(len(steps), 1)
+    return np.concatenate([[0.0], steps, steps[-1:]]), np.concatenate(
+        [[accuracy], heights, [0.0] if len(steps) else []]
+    )
+
+
 def _draw_curves(axes: Axes, results: Mapping[str, Results], styles: Mapping[str, tuple[str, str]]) -> None:
     limits: dict[float, str] = {}
     right = 0.0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.special import logsumexp, softmax
 from scipy.stats import beta, norm
 from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
@@ -107,6 +109,45 @@ def clopper_pearson_upper(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> 
 def normal_quantile(p: Tensor, *, rounding: str = "down") -> Tensor:
     """`pacd_fast.ops.normal_quantile`, not rounded outward."""
     return torch.from_numpy(np.asarray(norm.ppf(p.numpy())))
+
+
+def tail_bound(
+    alpha: np.ndarray, values: np.ndarray, probabilities: np.ndarray, threshold: float
+) -> tuple[float, float]:
+    """(t, K(t)) at the minimum of K(t) = t threshold + sum_i log sum_v p_iv exp(-t alpha_i v), where there is one.
+
+    values [V] and probabilities [n, V] of the noisy label of every point.
+    """
+
+    def slope(t: float) -> float:
+        weight = softmax(np.log(probabilities) - t * alpha[:, None] * values, axis=1)
+        return float(threshold - alpha @ (weight @ values))
+
+    end = -np.sign(slope(0.0)) / np.abs(alpha).max()
+    while slope(0.0) * slope(end) > 0:
+        end *= 2
+    t = brentq(slope, 0.0, end, xtol=1e-300, rtol=1e-12)
+    return t, t * threshold + logsumexp(np.log(probabilities) - t * alpha[:, None] * values, axis=1).sum()
+
+
+def chernoff_newton(alpha: Tensor, y: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """`pacd_fast.ops.chernoff_newton`, not rounded up."""
+    likely = np.where(y.numpy()[:, None] == [0, 1], 1 - q, q)
+    found = [tail_bound(row, np.array([0.0, 1.0]), likely, 0.5) for row in alpha.numpy()]
+    t, log_tail = np.array(found).reshape(-1, 2).T.copy()
+    return torch.from_numpy(t), torch.from_numpy(log_tail)
+
+
+def chernoff_newton_pairs(alpha: Tensor, y: Tensor, pairs: Tensor, q: float, classes: int) -> tuple[Tensor, Tensor]:
+    """`pacd_fast.ops.chernoff_newton_pairs`, not rounded up."""
+    found = []
+    for row, rivals in zip(alpha.numpy(), pairs, strict=True):
+        for pair in rivals:
+            likely = np.where(y.numpy()[:, None] == pair.numpy(), 1 - q, q / (classes - 1))
+            likely = np.column_stack([likely, 1 - likely.sum(1)])
+            found.append(tail_bound(row, np.array([1.0, -1.0, 0.0]), likely, 0.0))
+    t, log_tail = np.array(found).reshape(*pairs.shape[:2], 2).transpose(2, 0, 1).copy()
+    return torch.from_numpy(t), torch.from_numpy(log_tail)
 
 
 class Smooth:
