@@ -113,6 +113,35 @@ def _quantile_close(ours: Tensor, plain: Tensor) -> None:
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)
 
 
+def _stacked(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    return lambda *args: torch.stack(function(*args))
+
+
+def _influences(n: int, classes: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    y = torch.randint(0, classes, (n,), generator=generator)
+    alpha = torch.randn(5, n, dtype=torch.float64, generator=generator).abs() * (2.0 * (y == 1) - 1)
+    return (alpha + 0.5 * torch.randn(alpha.shape, dtype=torch.float64, generator=generator)) * 6 / n, y
+
+
+def _two_classes() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    cases = [((*_influences(n, 2), q), {}) for n, q in ((40, 0.1), (128, 0.3), (1000, 0.45), (301, 1e-3))]
+    alpha, y = _influences(60, 2)
+    return [*cases, ((alpha[:, ::2], y[::2], 0.2), {}), ((-alpha, y, 0.2), {}), ((alpha[:0], y, 0.2), {})]
+
+
+def _pairs() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    pairs = torch.tensor([[0, 1], [1, 0], [1, 2], [2, 3]]).repeat(5, 1, 1)
+    return [((*_influences(n, 4), pairs, q, 4), {}) for n, q in ((50, 0.1), (128, 0.5), (1000, 0.7), (301, 1e-3))]
+
+
+def _tail_close(ours: Tensor, plain: Tensor) -> None:
+    # t is found to about 1e-7, and its error enters log_tail squared
+    assert ours.shape == plain.shape
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours[1], plain[1], rtol=1e-12, atol=1e-13)
+
+
 def _same(ours: Tensor, plain: Tensor) -> None:
     assert torch.equal(ours, plain)
 
@@ -126,6 +155,20 @@ CASES = {
     ),
     "clopper_pearson_upper": Case(
         "clopper_pearson", ops.clopper_pearson_upper, reference.clopper_pearson_upper, _binomial, _bound_close
+    ),
+    "chernoff_newton": Case(
+        "chernoff_newton",
+        _stacked(ops.chernoff_newton),
+        _stacked(reference.chernoff_newton),
+        _two_classes,
+        _tail_close,
+    ),
+    "chernoff_newton_pairs": Case(
+        "chernoff_newton_pairs",
+        _stacked(ops.chernoff_newton_pairs),
+        _stacked(reference.chernoff_newton_pairs),
+        _pairs,
+        _tail_close,
     ),
     "normal_quantile": Case(
         "normal_quantile", ops.normal_quantile, reference.normal_quantile, _quantile_arguments, _quantile_close

@@ -1,0 +1,140 @@
+"""pacd-fast labelflip and reproduce: features, files, tables and pictures."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from pacd_fast import flip_experiments
+from pacd_fast.__main__ import main
+from pacd_fast.flip_experiments import COLUMNS, EXPERIMENTS, is_flip_file, load_features, read, reproduce
+from pacd_fast.labelflip import CERTIFICATES
+
+
+@pytest.fixture
+def features(tmp_path):
+    """Dogfish and IMDB in small: two classes of features in an .npz."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 330)
+    x = rng.normal(size=(330, 8)) + 1.5 * y[:, None] * (np.arange(8) < 2)
+    path = tmp_path / "dogfish.npz"
+    np.savez(path, X_train=x[:300], y_train=y[:300], X_test=x[300:], y_test=y[300:])
+    return path
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder in torchvision's layout with a few images that differ by class."""
+    folder = tmp_path / "data" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    patterns = rng.integers(0, 256, (10, 28, 28))
+    for part, n in (("train", 400), ("t10k", 60)):
+        y = np.arange(n) % 10
+        images = np.clip(0.5 * patterns[y] + 0.5 * rng.integers(0, 256, (n, 28, 28)), 0, 255).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", y.astype(np.uint8))):
+            sizes = b"".join(int(size).to_bytes(4, "big") for size in array.shape)
+            with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                file.write(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+    return tmp_path / "data"
+
+
+def test_features_to_file_to_table_to_picture(features, tmp_path, capsys):
+    out = tmp_path / "flips.tsv"
+    q = ["--q", "0.1", "0.3", "--certificate", *CERTIFICATES]
+    assert main(["labelflip", "--data", str(features), *q, "--attack", "3", "--out", str(out)]) == 0
+    assert "| dogfish | exact | 0.3 |" in capsys.readouterr().out
+    lines = out.read_text().splitlines()
+    assert lines[0].split("\t") == list(COLUMNS) and is_flip_file(out) and not is_flip_file(features)
+    assert len(lines) == 1 + 30 * (2 * 3 + 1) + 3 * 3  # ridge has no q; 3 points attacked at each q and undefended
+    curves = {(curve.certificate, curve.q): curve for curve in read([out])}
+    assert len(curves) == 10 and all(curve.n == 300 for curve in curves.values())
+    for q in (0.1, 0.3):
+        assert bool((curves["kl", q].flips <= curves["exact", q].flips).all())
+        assert curves["exact", q].accuracy(0) > 0.7
+        assert curves["exact", q].accuracy(1) <= curves["exact", q].accuracy(0)
+        assert bool((curves["attacked", q].flips >= 0).all())
+    assert main(["summary", str(out), "--json", "--flips", "1", "7"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 10 and set(found[0]["certified_accuracy"]) == {"1", "7"}
+    assert found[0]["certified_accuracy"]["7"] == curves["kl", 0.1].accuracy(7)
+    assert main(["summary", str(out)]) == 0
+    assert main(["plot", str(out), "--title", "Dogfish", "--out", str(tmp_path / "flips.png")]) == 0
+    assert (tmp_path / "flips.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_l2_and_classifier(features, tmp_path, capsys):
+    out = str(tmp_path / "flips.tsv")
+    assert main(["labelflip", "--data", str(features), "--l2", "paper", "--out", out]) == 0
+    assert "conditional" in capsys.readouterr().out
+    assert (
+        main(["labelflip", "--data", str(features), "--l2", "3.5", "--no-intercept", "--max", "5", "--out", out]) == 0
+    )
+    (curve,) = read([out])
+    assert curve.l2 == 3.5 and len(curve.flips) == 5
+
+
+@pytest.mark.parametrize("kind", ["ica", "pca", "random-conv", "pixels"])
+def test_features_of_images(mnist, kind):
+    data = load_features("mnist", kind, 5, data_dir=str(mnist))
+    assert data.x_train.shape == (400, 784 if kind == "pixels" else 5) and data.x_test.shape[0] == 60
+    assert data.y_train.tolist() == [i % 10 for i in range(400)] and data.name == f"mnist-{kind}5"
+
+
+def test_two_digits_by_a_network_of_the_other_eight(mnist):
+    data = load_features("mnist17", None, 7, data_dir=str(mnist), epochs=1)
+    assert data.x_train.shape == (80, 7) and data.x_test.shape == (12, 7)
+    assert data.y_train.tolist() == [0, 1] * 40
+    again = load_features("mnist17", None, 7, data_dir=str(mnist), epochs=1)
+    assert np.array_equal(data.x_train, again.x_train)  # one seed, one network
+
+
+def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        flip_experiments, "load_features", lambda *a, **k: load_features("mnist17", "pca", 5, data_dir=str(mnist))
+    )
+    small = flip_experiments.Experiment("mnist17", "network", 50, (0.1,), "MNIST 1/7", attack=2)
+    monkeypatch.setitem(EXPERIMENTS, "flips-mnist17", small)
+    text = reproduce("flips-mnist17", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"flips-mnist17{end}" for end in (".tsv", ".md", "-exact.png", "-whitebox.png")}
+    assert all(f"| {name} |" in text for name in (*CERTIFICATES, "attacked", "undefended"))
+    assert main(["reproduce", "flips-mnist17", "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "flips-mnist17.tsv").read_bytes() == (
+        tmp_path / "out" / "flips-mnist17.tsv"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--data", "nothing.npz"], "nothing.npz"),
+        (["--data", "nothing"], "unknown data"),
+        (["--features", "pca"], "leave out --features"),
+        (["--q", "0.6"], "q must be in"),
+        (["--l2", "much"], "--l2 must be"),
+        (["--out", "no/such/folder.tsv"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(features, tmp_path, capsys, change, message):
+    arguments = {"--data": str(features), "--out": str(tmp_path / "x.tsv")}
+    arguments.update(zip(change[::2], change[1::2], strict=True))
+    assert main(["labelflip", *[part for pair in arguments.items() for part in pair]]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_damaged_files(features, tmp_path):
+    np.savez(tmp_path / "half.npz", X_train=np.zeros((3, 2)), y_train=np.zeros(3))
+    with pytest.raises(ValueError, match="has no X_test, y_test"):
+        load_features(str(tmp_path / "half.npz"))
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(ValueError):
+        load_features(str(tmp_path / "text.npz"))
+    with pytest.raises(ValueError, match="not a file of label-flip certificates"):
+        read([features])
+    bad = tmp_path / "bad.tsv"
+    bad.write_text("\t".join(COLUMNS) + "\n1\t2\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read([bad])
