@@ -150,7 +150,7 @@ def _draw_curves(axes: Axes, results: Mapping[str, Results], styles: Mapping[str
             limits[limit] = colour if limit not in limits else "0.4"  # grey where several lines share it
     for limit, colour in limits.items():
         right = max(right, limit)
-        axes.axvline(limit, ymax=0.6, color=colour, linestyle=":", linewidth=1.1)  # the legend is above it
+        axes.axvline(limit, color=colour, linestyle=":", linewidth=1.1)
     if limits:
         axes.plot([], [], ":", color="0.4", linewidth=1.1, label="largest radius at this n")
     axes.set_xlim(0, right * 1.03 if right > 0 else 1)
@@ -159,7 +159,7 @@ def _draw_curves(axes: Axes, results: Mapping[str, Results], styles: Mapping[str
     axes.set_ylabel("certified accuracy")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="lower left", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def _draw_bounds(axes: Axes, bounds: Mapping[str, np.ndarray], styles: Mapping[str, tuple[str, str]]) -> None:
