@@ -25,6 +25,9 @@ SELECTION, ESTIMATION = 0, 1  # the two streams of noise; training uses 2 and up
 ROWS = 64  # a model runs on a multiple of this many rows, padded: very small batches take other code paths, other bits
 
 Model: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
+Piece: TypeAlias = tuple[int, int, int, int]
+"""Samples [first, first + count) of an image on a stream: (image, stream, first, count)."""
+Tally: TypeAlias = Callable[[Tensor, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def certify(
         seed: in [0, 2^63); by default from the operating system's entropy.  A seed that an adversary knows while
             choosing the inputs voids the probability statement.
         dtype: float32 or bfloat16; by default the model's own.  The certificate is for the model in that dtype.
-        batch_size: rows a forward pass; by default chosen by a short measurement.  Certificates do not depend on it.
+        batch_size: rows a forward pass; by default the fastest of a few, tried on the first samples.  Certificates do
+            not depend on it.
         image_ids: int64 [N], which noise each image gets; by default 0..N-1.
         progress: show a bar with samples a second, images done and time left.
 
@@ -238,7 +242,7 @@ class Sampler:
         last = images.dim() == 4 and (half or self.device.type == "cpu")
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         self.model = self._fixed(model)
-        self._batch_size = batch_size
+        self.given_batch_size = batch_size
         self._buffer: Tensor | None = None
 
     def _fixed(self, model: Model) -> Model:
@@ -258,11 +262,11 @@ class Sampler:
         return self._buffer[:rows]
 
     @torch.inference_mode()
-    def logits(self, pieces: list[tuple[int, int, int, int]]) -> Tensor:
-        """The model's logits for pieces (image, stream, first sample, count), row after row: [rows, num_classes]."""
+    def logits(self, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
+        """The model's logits for some pieces, row after row, [rows, num_classes]; and the row of `counts` of each."""
         rows = sum(piece[3] for piece in pieces)
         batch = self._rows(-(-rows // ROWS) * ROWS)
-        start = 0
+        where, start = torch.empty(rows, dtype=torch.int64), 0
         for image, stream, first, count in pieces:
             ops.noisy_copies(
                 self.images[image : image + 1],
@@ -274,46 +278,30 @@ class Sampler:
                 stream=stream,
                 out=batch[start : start + count],
             )
+            where[start : start + count] = stream * len(self.images) + image
             start += count
         logits = self.model(batch)
         if not isinstance(logits, Tensor) or logits.shape != (len(batch), self.num_classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model must return logits [{len(batch)}, {self.num_classes}], not {found}")
-        return logits[:rows] if logits.dtype in ops.FLOATS else logits[:rows].float()
+        logits = logits[:rows] if logits.dtype in ops.FLOATS else logits[:rows].float()
+        return logits, where.to(self.device, non_blocking=True)
 
-    def batch_size(self, samples: int) -> int:
-        """The given batch size, or the fastest of a few, measured in about a second."""
-        if self._batch_size is None:
-            self._batch_size = self._measure() if samples > 20_000 else 256
-        return self._batch_size
+    def run(
+        self,
+        loop: Certification,
+        samples: int,
+        progress: bool,
+        tally: Tally = ops.tally_votes,
+        columns: int | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor, float]]:
+        """Draws what `loop` plans; yields (image, selection votes, estimation votes, seconds) of finished images.
 
-    def _measure(self) -> int:
-        best, best_time = ROWS, math.inf
-        size = 64 if self.device.type == "cpu" else 512
-        limit, deadline = (1024 if self.device.type == "cpu" else 16384), time.perf_counter() + 1.5
-        while size <= limit and time.perf_counter() < deadline:
-            try:
-                times = []
-                for _ in range(4):
-                    start = time.perf_counter()
-                    self.logits([(0, ESTIMATION, 0, size)])
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize(self.device)
-                    times.append(time.perf_counter() - start)
-            except torch.OutOfMemoryError:
-                break
-            if (cost := min(times[1:]) / size) < 0.97 * best_time:
-                best, best_time = size, cost
-            elif cost > 1.3 * best_time:
-                break
-            size *= 2
-        self._buffer = None
-        return best
-
-    def run(self, loop: Certification, samples: int, progress: bool) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-        """Draws what `loop` plans; yields (image, selection votes, estimation votes, seconds) of finished images."""
+        tally(counts, logits, image_index) adds what a batch says to int64 [.., columns]; votes for classes by default.
+        """
         images = len(self.images)
-        counts = torch.zeros(2 * images, self.num_classes, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(2 * images, columns or self.num_classes, dtype=torch.int64, device=self.device)
+        sizes = _BatchSizes(self.given_batch_size, self.device)
         done, since = 0, time.perf_counter()
         interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
         bar = tqdm(
@@ -325,18 +313,23 @@ class Sampler:
             mininterval=interval,
         )
         try:
-            size = self.batch_size(images * samples) if images else 1
-            while pieces := loop.plan(size):
-                logits = self.logits(pieces)
-                where = torch.tensor([stream * images + image for image, stream, _, _ in pieces])
-                repeats = torch.tensor([piece[3] for piece in pieces])
-                ops.add_votes_(counts, logits, where.repeat_interleave(repeats).to(self.device, non_blocking=True))
-                bar.update(len(logits))
+            while pieces := loop.plan(sizes.size):
+                started = time.perf_counter()
+                try:
+                    tally(counts, *self.logits(pieces))
+                except torch.OutOfMemoryError:
+                    self._buffer = None
+                    for part in _split(pieces, sizes.out_of_memory()):
+                        tally(counts, *self.logits(part))
+                rows = sum(piece[3] for piece in pieces)
+                if sizes.trying:
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    sizes.took(rows, time.perf_counter() - started)
+                bar.update(rows)
                 if loop.planned > done:
-                    selection, estimation = (
-                        counts[done : loop.planned].cpu(),
-                        counts[images + done : images + loop.planned].cpu(),
-                    )
+                    selection = counts[done : loop.planned].cpu()
+                    estimation = counts[images + done : images + loop.planned].cpu()
                     now = time.perf_counter()
                     seconds = (now - since) / (loop.planned - done)
                     first, done, since = done, loop.planned, now
@@ -346,6 +339,51 @@ class Sampler:
                         yield index, selection[i], estimation[i], seconds
         finally:
             bar.close()
+
+
+class _BatchSizes:
+    """The size of the next batch: the given one, or a few in turn, timed on real samples, and then the fastest."""
+
+    ROUNDS = 4  # the first at a size is warming up
+
+    def __init__(self, given: int | None, device: torch.device):
+        first, count = (64, 5) if device.type == "cpu" else (512, 6)
+        self._candidates = [given] if given is not None else [first << i for i in range(count)]
+        self._costs: dict[int, list[float]] = {size: [] for size in self._candidates}
+        self.trying = given is None
+        self.size = self._candidates[0]
+
+    def took(self, rows: int, seconds: float) -> None:
+        """What the last batch cost; a batch at the end that was not full says nothing."""
+        if rows != self.size:
+            return
+        self._costs[self.size].append(seconds / rows)
+        while self._candidates and len(self._costs[self._candidates[0]]) == self.ROUNDS:
+            tried = self._candidates.pop(0)
+            if self._best(tried) > 1.3 * min(self._best(size) for size, costs in self._costs.items() if costs):
+                self._candidates.clear()  # it only gets slower
+        self.trying = bool(self._candidates)
+        self.size = (
+            self._candidates[0] if self.trying else min((s for s, c in self._costs.items() if c), key=self._best)
+        )
+
+    def _best(self, size: int) -> float:
+        return min(self._costs[size][1:], default=math.inf)
+
+    def out_of_memory(self) -> int:
+        """The size to go on with after the device ran out of memory; the error again where none is smaller."""
+        smaller = [size for size, costs in self._costs.items() if costs and size < self.size]
+        if not smaller:
+            raise
+        self._candidates, self.trying, self.size = [], False, min(smaller, key=self._best)
+        return self.size
+
+
+def _split(pieces: list[Piece], rows: int) -> Iterator[list[Piece]]:
+    """The same samples in batches of at most `rows`."""
+    for image, stream, first, count in pieces:
+        for start in range(0, count, rows):
+            yield [(image, stream, first + start, min(rows, count - start))]
 
 
 class Smooth:

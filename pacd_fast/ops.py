@@ -217,6 +217,11 @@ def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
     return _ops.add_votes_(counts, logits.detach(), image_index)
 
 
+def tally_votes(counts: Tensor, logits: Tensor, image_index: Tensor) -> None:
+    """`add_votes_` without its checks, for loops that made image_index themselves."""
+    _ops.add_votes_(counts, logits, image_index)
+
+
 def _clopper_pearson(k: Tensor, n: Tensor | int, alpha: Tensor | float, upper: bool) -> Tensor:
     _require_device(k)
     _require(k.dtype == torch.int64, f"k must be int64, not {k.dtype}")
