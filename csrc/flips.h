@@ -21,7 +21,7 @@ struct LabelNoise {
 
   LabelNoise(double q, int64_t k) : keep(1.0 - q), other(q / static_cast<double>(k - 1)), classes(k) {
     if (k < 2) throw std::invalid_argument("label flips need at least 2 classes");
-    if (!(q > 1e-300 && keep > other)) throw std::invalid_argument("q must lie in (0, (K - 1) / K) for K classes");
+    if (!(q >= 1e-300 && keep > other)) throw std::invalid_argument("q must lie in (0, (K - 1) / K) for K classes");
   }
 };
 
