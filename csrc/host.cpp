@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <malloc.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -184,6 +188,16 @@ const char* simd_level() {
 #endif
 }
 
+// Freed memory stays with the process and is used again, instead of fresh, zeroed pages from the kernel for every large
+// tensor.  Training allocates the same sizes at every step, and page faults took up to a third of its time.
+bool keep_freed_memory() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, -1) == 1;
+#else
+  return false;
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = PACD_VERSION;
@@ -230,5 +244,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("log_dd", [](double hi, double lo) { return pair_of(log(Dd(hi, lo))); }, "Double-double log, for the tests.");
   m.def("log_factorial_dd", [](int64_t n) { return pair_of(log_factorial(n)); }, "Double-double log(n!), for the tests.");
   m.def("product_down", &product_down, py::arg("sigma"), py::arg("z"), "sigma * z rounded down.");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Tells the C library's malloc to keep freed memory for this process; False where it is not glibc.");
   m.def("build_info", &build_info, "Versions, compilers and the SIMD level in use.");
 }

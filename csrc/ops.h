@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "soft.h"
 
 namespace pacd {
 
@@ -31,6 +32,10 @@ inline constexpr const char* schemas[] = {
     "normal_quantile(Tensor p, bool up) -> Tensor",
     "chernoff_newton(Tensor alpha, Tensor y, float q) -> (Tensor, Tensor)",
     "chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor pairs, float q, int classes) -> (Tensor, Tensor)",
+    "soft_smooth(Tensor logits, float beta) -> Tensor",
+    "soft_smooth_backward(Tensor grad, Tensor logits, float beta) -> Tensor",
+    "soft_radius(Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> Tensor",
+    "soft_radius_backward(Tensor grad, Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> Tensor",
 };
 
 // Calls run(Type{}) with the kernel's type for a floating dtype.
@@ -194,6 +199,88 @@ std::tuple<Tensor, Tensor> chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor 
   return {t, log_tail};
 }
 
+// Calls run(Type{}) for float32 and float64.
+template <class Run>
+void with_real_type(ScalarType dtype, Run run) {
+  if (dtype == ScalarType::Float) return run(float{});
+  STD_TORCH_CHECK(dtype == ScalarType::Double, "expected float32 or float64");
+  run(double{});
+}
+
+inline void check_soft(const char* name, const Tensor& logits, double beta) {
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.size(1) > 0 && logits.size(2) > 1, name, ": logits must be [B, k, C], k > 0, C > 1");
+  STD_TORCH_CHECK(beta > 0, name, ": beta must be positive");
+}
+
+template <class T>
+Copies<T> copies_of(const Tensor& logits, double beta) {
+  return {static_cast<const T*>(logits.data_ptr()), logits.size(1), logits.size(2), static_cast<T>(beta)};
+}
+
+template <class Exec>
+Tensor soft_smooth(Tensor logits, double beta) {
+  check_soft("soft_smooth", logits, beta);
+  const Tensor x = torch::stable::contiguous(logits);
+  Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(2)});
+  with_real_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Exec::run_copies(SoftSmooth<T>{copies_of<T>(x, beta), static_cast<T*>(mean.data_ptr())}, x.size(0), x);
+  });
+  return mean;
+}
+
+template <class Exec>
+Tensor soft_smooth_backward(Tensor grad, Tensor logits, double beta) {
+  check_soft("soft_smooth_backward", logits, beta);
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == logits.size(0) && grad.size(1) == logits.size(2) &&
+                      grad.scalar_type() == logits.scalar_type(),
+                  "soft_smooth_backward: grad must be [B, C] of logits' dtype");
+  const Tensor x = torch::stable::contiguous(logits), slopes = torch::stable::contiguous(grad);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  with_real_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Exec::run_copies(SoftSmoothBackward<T>{copies_of<T>(x, beta), static_cast<const T*>(slopes.data_ptr()), static_cast<T*>(out.data_ptr())},
+                     x.size(0), x);
+  });
+  return out;
+}
+
+inline void check_radius(const char* name, const Tensor& logits, const Tensor& labels, double squeeze) {
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == logits.size(0), name,
+                  ": labels must be int64 [B]");
+  STD_TORCH_CHECK(squeeze >= 0 && squeeze < 0.5, name, ": squeeze must be in [0, 1/2)");
+}
+
+template <class Exec>
+Tensor soft_radius(Tensor logits, Tensor labels, double beta, double sigma, double squeeze) {
+  check_radius("soft_radius", logits, labels, squeeze);
+  const Tensor mean = soft_smooth<Exec>(logits, beta), classes = torch::stable::contiguous(labels);
+  Tensor radius = torch::stable::new_empty(mean, {mean.size(0)});
+  with_real_type(mean.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Exec::run_rows(SoftRadius<T>{static_cast<const T*>(mean.data_ptr()), static_cast<const int64_t*>(classes.data_ptr()),
+                                 static_cast<T*>(radius.data_ptr()), mean.size(1), sigma, squeeze},
+                   mean.size(0), 256, mean);
+  });
+  return radius;
+}
+
+template <class Exec>
+Tensor soft_radius_backward(Tensor grad, Tensor logits, Tensor labels, double beta, double sigma, double squeeze) {
+  check_radius("soft_radius_backward", logits, labels, squeeze);
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == logits.size(0) && grad.scalar_type() == logits.scalar_type(),
+                  "soft_radius_backward: grad must be [B] of logits' dtype");
+  const Tensor slopes = soft_smooth<Exec>(logits, beta);
+  const Tensor weights = torch::stable::contiguous(grad), classes = torch::stable::contiguous(labels);
+  with_real_type(slopes.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    Exec::run_rows(SoftRadiusSlopes<T>{static_cast<T*>(slopes.data_ptr()), static_cast<const int64_t*>(classes.data_ptr()),
+                                       static_cast<const T*>(weights.data_ptr()), slopes.size(1), sigma, squeeze},
+                   slopes.size(0), 256, slopes);
+  });
+  return soft_smooth_backward<Exec>(slopes, logits, beta);
+}
+
 template <class Exec>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("noisy_copies_", TORCH_BOX(&noisy_copies_<Exec>));
@@ -203,6 +290,10 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("normal_quantile", TORCH_BOX(&normal_quantile<Exec>));
   library.impl("chernoff_newton", TORCH_BOX(&chernoff_newton<Exec>));
   library.impl("chernoff_newton_pairs", TORCH_BOX(&chernoff_newton_pairs<Exec>));
+  library.impl("soft_smooth", TORCH_BOX(&soft_smooth<Exec>));
+  library.impl("soft_smooth_backward", TORCH_BOX(&soft_smooth_backward<Exec>));
+  library.impl("soft_radius", TORCH_BOX(&soft_radius<Exec>));
+  library.impl("soft_radius_backward", TORCH_BOX(&soft_radius_backward<Exec>));
 }
 
 }  // namespace pacd

@@ -37,6 +37,28 @@ PACD_CLONES void teams_between(const Kernel& shared, int64_t begin, int64_t end)
   for (int64_t row = begin; row < end; ++row) kernel(SerialTeam(), row);
 }
 
+struct LaneSum {
+  static constexpr int lanes = 16;
+
+  template <class T>
+  PACD_INLINE bool operator()(T (&part)[lanes]) const {
+    for (int width = lanes / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) part[lane] = part[lane] + part[lane + width];
+    }
+    return true;
+  }
+};
+
+template <class Kernel>
+PACD_CLONES void copies_between(const Kernel& shared, int64_t begin, int64_t end, typename Kernel::Number* numbers) {
+  const Kernel kernel = shared;
+  for (int64_t image = begin; image < end; ++image) {
+    for (int64_t first = 0; first < kernel.copies; first += LaneSum::lanes) {
+      kernel.template operator()<LaneSum::lanes>(image, first, numbers, LaneSum());
+    }
+  }
+}
+
 // Splits [0, count) over torch's threads; at least `grain` items a thread.
 template <class Body>
 void split(int64_t count, int64_t grain, const Body& body) {
@@ -58,6 +80,14 @@ struct Cpu {
   template <class Kernel>
   static void run_teams(const Kernel& kernel, int64_t rows, const Tensor&) {
     split(rows, 1, [&](int64_t begin, int64_t end) { teams_between(kernel, begin, end); });
+  }
+
+  template <class Kernel>
+  static void run_copies(const Kernel& kernel, int64_t images, const Tensor&) {
+    split(images, 16384 / (kernel.copies * kernel.classes) + 1, [&](int64_t begin, int64_t end) {
+      std::vector<typename Kernel::Number> numbers(LaneSum::lanes * kernel.classes);
+      copies_between(kernel, begin, end, numbers.data());
+    });
   }
 };
 

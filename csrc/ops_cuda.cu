@@ -79,6 +79,31 @@ __global__ void __launch_bounds__(kLanes) teams_kernel(Kernel kernel, int64_t ro
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) kernel(BlockTeam(), row);
 }
 
+// Sixteen neighbouring threads are the lanes of a CopiesKernel.
+struct LaneSum {
+  static constexpr int lanes = 16;
+  unsigned mask;
+
+  template <class T>
+  __device__ bool operator()(T (&part)[1]) const {
+    for (int width = lanes / 2; width > 0; width /= 2) part[0] = part[0] + __shfl_down_sync(mask, part[0], width, lanes);
+    return threadIdx.x % lanes == 0;
+  }
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(block_size) copies_kernel(Kernel kernel, int64_t images) {
+  const int64_t group = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / LaneSum::lanes;
+  const int64_t groups = static_cast<int64_t>(gridDim.x) * blockDim.x / LaneSum::lanes;
+  const int lane = threadIdx.x % LaneSum::lanes;
+  const LaneSum sum{0xFFFFu << (threadIdx.x & 16u)};
+  for (int64_t image = group; image < images; image += groups) {
+    for (int64_t first = 0; first < kernel.copies; first += LaneSum::lanes) {
+      kernel.template operator()<1>(image, first + lane, nullptr, sum);
+    }
+  }
+}
+
 struct Cuda {
   static cudaStream_t stream(const Tensor& on) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "pacd_fast: this torch has no CUDA");
@@ -114,6 +139,14 @@ struct Cuda {
     if (rows == 0) return;
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
     teams_kernel<<<static_cast<unsigned>(rows < 132 * 64 ? rows : 132 * 64), kLanes, 0, stream(on)>>>(kernel, rows);
+    check(cudaGetLastError(), "launch");
+  }
+
+  template <class Kernel>
+  static void run_copies(const Kernel& kernel, int64_t images, const Tensor& on) {
+    if (images == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+    copies_kernel<<<blocks(images * LaneSum::lanes), block_size, 0, stream(on)>>>(kernel, images);
     check(cudaGetLastError(), "launch");
   }
 };

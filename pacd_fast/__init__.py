@@ -8,6 +8,7 @@ from pacd_fast import ops
 from pacd_fast.certify import Certificate, Certificates, Smooth, certify, certify_each, largest_radius, smallest_n
 from pacd_fast.labelflip import FlipCertificates, LabelFlipCertifier
 from pacd_fast.smoothing import SmoothingCertificate, randomized_smoothing_certificate
+from pacd_fast.soft import SoftCertificates, soft_certify
 
 __all__ = [
     "Certificate",
@@ -16,6 +17,7 @@ __all__ = [
     "LabelFlipCertifier",
     "Smooth",
     "SmoothingCertificate",
+    "SoftCertificates",
     "__version__",
     "certify",
     "certify_each",
@@ -23,4 +25,5 @@ __all__ = [
     "ops",
     "randomized_smoothing_certificate",
     "smallest_n",
+    "soft_certify",
 ]

@@ -1,4 +1,4 @@
-"""The command pacd-fast: train, certify, labelflip, reproduce, summary, plot, merge, info, selftest."""
+"""The command pacd-fast: train, certify, evaluate, labelflip, reproduce, summary, plot, merge, info, selftest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 import pacd_fast
-from pacd_fast import datasets, flip_experiments, models, plots, results, training
+from pacd_fast import datasets, evaluate, flip_experiments, models, plots, reproduce, results, training, victims
 from pacd_fast.certify import certify_each, check_arguments
 
+_NETWORKS = f"{', '.join(models.BUILT_IN)} or package.module:function"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pacd-fast {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\npacd-fast {options.command}: stopped; run the same command again to go on", file=sys.stderr)
+        again = " with --resume" if options.command == "train" else ""
+        print(f"\npacd-fast {options.command}: stopped; run the same command again{again} to go on", file=sys.stderr)
         return 130
 
 
@@ -55,17 +57,28 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     train = command("train", run_train, "train a base classifier")
-    _add_model(train)
+    train.add_argument("--model", help=f"{_NETWORKS}; by default mnist-cnn, and resnet20 for cifar10")
     _add_data(train)
-    train.add_argument("--method", choices=["standard", "gaussian"], default="gaussian", help="training loss")
-    train.add_argument("--sigma", type=float, default=0.5, help="noise level of the method, in pixel units (0 to 1)")
-    train.add_argument("--k", type=int, default=1, help="noisy copies of an image in a batch")
+    train.add_argument("--method", choices=list(training.METHODS), default="gaussian", help="training loss")
+    for name, (number, where) in victims.hyperparameters().items():
+        train.add_argument(f"--{name}", type=number, help=f"hyperparameter of {where}")
     train.add_argument("--epochs", type=int, default=100)
     train.add_argument("--batch-size", type=int, default=200)
+    train.add_argument("--microbatch", type=int, help="images of a batch at a time, to save memory")
     train.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
     train.add_argument("--weight-decay", type=float, default=0.0)
-    train.add_argument("--augment", action="store_true", help="random flip and pad-4 crop")
+    train.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="random flip and pad-4 crop; by default for cifar10, but not with smoothadv",
+    )
+    train.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="of the network's passes; weights keep 32"
+    )
     train.add_argument("--seed", type=int, default=0, help="of initial weights, order and noise")
+    train.add_argument(
+        "--seeds", type=int, default=1, help="victims to train, seeds from --seed on; files are numbered"
+    )
     train.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
     train.add_argument("--resume", action="store_true", help="go on from the last epoch of an interrupted run")
     train.add_argument("--metrics", help="write a JSON line per epoch to this file")
@@ -73,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
     certify = command("certify", run_certify, "certify the images of a split; run again, it resumes")
     certify.add_argument("--checkpoint", required=True, help="our .safetensors, a state_dict, or locuslab's checkpoint")
-    _add_model(certify, needed=False)
+    certify.add_argument("--model", help=f"where the checkpoint does not say it: {_NETWORKS}")
     _add_data(certify)
     certify.add_argument("--split", choices=["test", "train", "val"], default="test")
     certify.add_argument("--sigma", type=float, help="noise level; by default what the checkpoint was trained with")
@@ -94,6 +107,21 @@ def parser() -> argparse.ArgumentParser:
     certify.add_argument("--batch-size", type=int, help="rows a forward pass; measured where it is not given")
     certify.add_argument("--out", required=True, help="results file (.tsv)")
 
+    measure = command("evaluate", run_evaluate, "accuracy, accuracy under noise, and how far an attack has to go")
+    measure.add_argument("--checkpoint", required=True, nargs="+", help="one, or one per seed: mean and deviation")
+    measure.add_argument("--model", help=f"where the checkpoint does not say it: {_NETWORKS}")
+    _add_data(measure)
+    measure.add_argument("--split", choices=["test", "train", "val"], default="test")
+    measure.add_argument("--sigma", type=float, help="noise level; by default what the checkpoint was trained with")
+    measure.add_argument("--target-class", type=int, help="only images of this class")
+    measure.add_argument("--count", type=int, default=200, help="images for the attack, a random choice; 0 for none")
+    measure.add_argument("--choice", type=int, default=0, help="seed of --count's choice")
+    measure.add_argument("--copies", type=int, help="noisy copies in the attack; by default 10 for cifar10, else 20")
+    measure.add_argument("--iterations", type=int, default=100, help="steps of the attack at every radius")
+    measure.add_argument("--seed", type=int, default=0, help="of the noise")
+    measure.add_argument("--device", default="auto")
+    measure.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     summary = command("summary", run_summary, "tabulate results files, ours or those of locuslab/smoothing")
     summary.add_argument("files", nargs="+")
     summary.add_argument("--radii", type=float, nargs="+", help="where to give the certified accuracy")
@@ -111,20 +139,12 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True)
 
     flip_experiments.add_commands(command)
-
+    reproduce.add_commands(command("reproduce", run_reproduce, "a table or a figure of the papers, in one command"))
     command("info", run_info, "versions, SIMD level, threads, CUDA")
     selftest = command("selftest", run_selftest, "test the noise and the bounds on this machine")
     selftest.add_argument("--draws", type=int, default=20_000_000, help="normal numbers to draw")
     selftest.add_argument("--stream", action="store_true", help="write the random bits to stdout, for a test battery")
     return top
-
-
-def _add_model(sub: argparse.ArgumentParser, needed: bool = True) -> None:
-    text = f"{', '.join(models.BUILT_IN)} or package.module:function"
-    if needed:
-        sub.add_argument("--model", default="mnist-cnn", help=text)
-    else:
-        sub.add_argument("--model", help=f"where the checkpoint does not say it: {text}")
 
 
 def _add_data(sub: argparse.ArgumentParser) -> None:
@@ -159,58 +179,39 @@ def device_of(name: str) -> torch.device:
 
 def run_train(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), _data(options)
-    loss: training.Loss = (
-        training.Standard() if options.method == "standard" else training.Gaussian(options.sigma, options.k)
-    )
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed must be in [0, 2^63), not {options.seed}")
-    out = Path(options.out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; create it first")
-    torch.manual_seed(options.seed)
-    mean, std = (models.CIFAR10_MEAN, models.CIFAR10_STD) if data.name == "cifar10" else (None, None)
-    network = models.build(
-        options.model,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        image_size=data.image_size,
-        mean=mean,
-        std=std,
-    )
-    partial = out.with_name(out.name + ".partial")
-    training.fit(
-        network.to(device),
-        data,
-        loss,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        augment=options.augment,
-        seed=options.seed,
-        checkpoint=partial,
-        resume=options.resume,
-        metrics=options.metrics,
-        progress=True,
-    )
-    metadata = {
-        "architecture": options.model,
-        "num_classes": str(data.num_classes),
-        "in_channels": str(data.in_channels),
-        "image_size": "x".join(map(str, data.image_size)),
-        "sigma": "0" if options.method == "standard" else repr(options.sigma),
-        "data": f"{data.name}@{data.fingerprint}",
-        "method": options.method,
-        "epochs": str(options.epochs),
-        "seed": str(options.seed),
-    }
-    models.save_checkpoint(out, network, metadata)
-    partial.unlink(missing_ok=True)
-    images, labels = data.split("test")
-    with torch.inference_mode():
-        parts = [network(datasets.as_float(part).to(device)).argmax(1).cpu() for part in images.split(500)]
-    accuracy = float((torch.cat(parts) == labels).double().mean())
-    print(f"{out}: accuracy without noise on {len(images)} test images {accuracy:.2%}")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    given = {name: getattr(options, name) for name in victims.hyperparameters() if getattr(options, name) is not None}
+    accuracies = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        out, metrics = (
+            path if path is None or options.seeds == 1 else victims.numbered(path, seed)
+            for path in (options.out, options.metrics)
+        )
+        network = victims.train(
+            out,
+            data,
+            options.method,
+            given,
+            model=options.model,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            augment=options.augment,
+            seed=seed,
+            dtype=DTYPES[options.dtype],
+            microbatch=options.microbatch,
+            device=device,
+            resume=options.resume,
+            metrics=metrics,
+            progress=True,
+        )
+        right = evaluate.correct(network, *data.split("test"))
+        accuracies.append(float(right.double().mean()))
+        print(f"{out}: accuracy without noise on {len(right)} test images {accuracies[-1]:.2%}")
+    if options.seeds > 1:
+        print(f"over {options.seeds} seeds: {evaluate.mean_and_deviation(accuracies, '.2%')}")
 
 
 def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
@@ -290,6 +291,50 @@ def run_certify(options: argparse.Namespace) -> None:
                 file.append(
                     results.Row(idx, int(labels[idx]), one.prediction, one.radius, one.p_lower, votes, one.seconds)
                 )
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    device, data = device_of(options.device), _data(options)
+    images, labels = data.split(options.split)
+    if options.target_class is not None:
+        chosen = labels == options.target_class
+        images, labels = images[chosen], labels[chosen]
+    attacked = None
+    if options.count:
+        attacked = datasets.random_subset(labels, None, min(options.count, len(labels)), options.choice)
+    measured = []
+    for path in options.checkpoint:
+        checkpoint = models.load_checkpoint(
+            path,
+            arch=options.model,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            image_size=data.image_size,
+        )
+        sigma = options.sigma if options.sigma is not None else checkpoint.sigma
+        if not sigma:
+            raise ValueError(f"{path} does not say what noise it was trained with: give --sigma")
+        measured.append(
+            evaluate.measure(
+                checkpoint.model.to(device),
+                datasets.as_float(images),
+                labels,
+                sigma=sigma,
+                attacked=attacked,
+                copies=options.copies or (10 if data.name == "cifar10" else 20),
+                iterations=options.iterations,
+                seed=options.seed,
+                progress=True,
+            )
+        )
+    if options.json:
+        print(json.dumps(evaluate.to_dict(measured, data.class_names), indent=2))
+    else:
+        print(evaluate.table(measured, data.class_names))
+
+
+def run_reproduce(options: argparse.Namespace) -> int:
+    return reproduce.run(options, main)
 
 
 def _named(files: Sequence[str]) -> dict[str, results.Results]:

@@ -405,7 +405,7 @@ def reproduce(name: str, out: str | Path, *, data_dir: str | None = None, downlo
 
 
 def add_commands(command: Any) -> None:
-    """`labelflip` and `reproduce`; command(name, run, text) gives a parser."""
+    """The command `labelflip`; command(name, run, text) gives a parser."""
     sub: argparse.ArgumentParser = command(
         "labelflip", run_labelflip, "certify predictions against flips of training labels"
     )
@@ -433,14 +433,6 @@ def add_commands(command: Any) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of the features and of the attack's choice")
     sub.add_argument("--device", default="cpu")
     sub.add_argument("--out", required=True, help="certificates to write (.tsv); summary and plot read them")
-    again: argparse.ArgumentParser = command(
-        "reproduce", run_reproduce, "run an experiment of a paper: its table and pictures"
-    )
-    again.add_argument("name", choices=list(EXPERIMENTS))
-    again.add_argument("--data-dir", help="folder of mnist and cifar10 in torchvision's layout")
-    again.add_argument("--download", action="store_true")
-    again.add_argument("--seed", type=int, default=0)
-    again.add_argument("--out", default="reproduced", help="folder for the .tsv, the table and the pictures")
 
 
 def run_labelflip(options: argparse.Namespace) -> None:
@@ -479,7 +471,3 @@ def run_labelflip(options: argparse.Namespace) -> None:
     print(table(read([options.out])))
     if l2 == "paper":
         print("conditional: l2 was chosen by the paper's rule, which reads the labels that an attacker may change")
-
-
-def run_reproduce(options: argparse.Namespace) -> None:
-    print(reproduce(options.name, options.out, data_dir=options.data_dir, download=options.download, seed=options.seed))

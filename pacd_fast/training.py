@@ -1,77 +1,38 @@
-"""Training base classifiers: losses with one signature, loss(model, x, y, seed=...) -> scalar, and fit()."""
+"""Training base classifiers: fit(), which takes any loss of losses.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pacd_fast import ops
+from pacd_fast import _C
 from pacd_fast.datasets import Dataset, as_float
+from pacd_fast.losses import (
+    METHODS,
+    STREAM,
+    Gaussian,
+    Loss,
+    Macer,
+    SmoothAdv,
+    Standard,
+    at_least,
+    eval_mode,
+    not_negative,
+    positive,
+)
 
-__all__ = ["Gaussian", "Loss", "Standard", "fit", "mix"]
-
-STREAM = 2  # the noise of training; 0 and 1 are certification's
-
-
-class Loss(Protocol):
-    """A training loss: images [B, ...] in [0, 1] and int64 labels [B] to a scalar.
-
-    `seed` decides all its randomness, so that a second evaluation (a Hessian-vector product, say) sees the same noise.
-    """
-
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Standard:
-    """Cross-entropy on the images as they are."""
-
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        return F.cross_entropy(model(x), y)
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Gaussian augmentation (Cohen et al. 2019): mean cross-entropy of k noisy copies of every image."""
-
-    sigma: float
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        _positive("sigma", self.sigma)
-        _at_least("k", self.k, 1)
-
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        noisy = ops.noisy_copies(x, self.sigma, self.k, seed, stream=STREAM, memory_format=_layout(x))
-        return F.cross_entropy(model(noisy), y.repeat_interleave(self.k))
-
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, not {value}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """channels_last for images: the faster layout of convolutions on the CPU."""
-    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+__all__ = ["METHODS", "STREAM", "Gaussian", "Loss", "Macer", "SmoothAdv", "Standard", "fit", "mix"]
 
 
 def mix(*numbers: int) -> int:
@@ -109,6 +70,8 @@ def fit(
     weight_decay: float = 0.0,
     augment: bool = False,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    microbatch: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     metrics: str | os.PathLike[str] | None = None,
@@ -124,31 +87,37 @@ def fit(
             last batch of fewer than batch_size images is used as it is.
         augment: random flip and pad-4 crop.
         seed: of the order, the augmentation and the noise: the same seed is the same run on one device.
+        dtype: torch.bfloat16 runs the network under autocast; weights, optimiser and losses stay float32.
+        microbatch: images of a batch that go through the network at a time, to save memory; gradients add up to those
+            of the batch, but for batch norm, which sees the part.
         checkpoint: a file that is rewritten after every epoch; with resume, training goes on from it.
         metrics: a file of JSON lines, one per epoch: epoch, loss, accuracy (under the loss's own noise), seconds.
         progress: show a bar with loss, accuracy and time left.
 
+    On the CPU the C library is told to keep freed memory (see `_C.keep_freed_memory`): without it, fresh pages for
+    every step's activations cost up to a third of the time.
+
     Raises:
-        ValueError: for arguments out of range, a checkpoint of another run, or a loss that is not finite (it names the
-            step and the seed that reproduce it; the last checkpoint stands).
+        ValueError: for arguments out of range, labels that the model has no class for, a checkpoint of another run, or
+            a loss that is not finite (it names the step and the seed that reproduce it; the last checkpoint stands).
     """
     images, labels = data.split("train") if isinstance(data, Dataset) else data
-    _check(images, labels, epochs, batch_size, lr, weight_decay)
+    _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        _C.keep_freed_memory()
+    _check_classes(model, images, labels, device)
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
-    )
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
     described = {
-        "loss": f"{type(loss).__name__}({_fields(loss)})",
-        "images": len(images),
-        "batch_size": batch_size,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "augment": augment,
-        "seed": seed,
-    }
+        "loss": f"{type(loss).__name__}({_fields(loss)})", "data": _digest(images, labels), "images": len(images),
+        "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "augment": augment, "seed": seed,
+        "dtype": str(dtype), "microbatch": microbatch, "parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
     first = _resumed(Path(checkpoint), model, optimizer, described) if checkpoint is not None and resume else 0
+    if metrics is not None:
+        _keep_lines(Path(metrics), first)
     images, labels = images.to(device), labels.to(device)
     seen: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, logits: seen.append(logits))
@@ -161,62 +130,104 @@ def fit(
             started, total, right, voted = time.perf_counter(), torch.zeros((), device=device), 0, 0
             generator = torch.Generator().manual_seed(mix(seed, epoch))
             order = torch.randperm(len(images), generator=generator).to(device)
+            current = loss.at_epoch(epoch) if hasattr(loss, "at_epoch") else loss
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(mix(seed, epoch, 1))  # for dropout and the like
                 for step, index in enumerate(order.split(batch_size)):
-                    x, y = as_float(images[index]), labels[index]
-                    if augment:
-                        x = _augmented(x, generator)
-                    noise = mix(seed, epoch, 2, step)
-                    seen.clear()
-                    value = loss(model, x.contiguous(memory_format=_layout(x)), y, seed=noise)
-                    if not bool(torch.isfinite(value)):
-                        raise ValueError(
-                            f"the loss is {float(value.detach())} at epoch {epoch}, step {step} (noise seed {noise}); "
-                            "the weights of the last checkpoint are kept; a smaller lr may help"
-                        )
                     optimizer.zero_grad(set_to_none=True)
-                    value.backward()
+                    mean = torch.zeros((), device=device)
+                    for part, chosen in enumerate(index.split(microbatch or batch_size)):
+                        x, y = as_float(images[chosen]), labels[chosen]
+                        if augment:
+                            x = _augmented(x, generator)
+                        noise = mix(seed, epoch, 2, step, part)
+                        seen.clear()
+                        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                            value = current(model, x, y, seed=noise) * (len(chosen) / len(index))
+                        if not bool(torch.isfinite(value)):
+                            raise ValueError(
+                                f"the loss is {float(value.detach())} at epoch {epoch}, step {step} "
+                                f"(noise seed {noise}); the last checkpoint stands; a smaller lr may help"
+                            )
+                        value.backward()
+                        mean += value.detach()
+                        if seen and seen[-1].dim() == 2 and len(seen[-1]) % len(y) == 0:
+                            votes = seen[-1].detach().argmax(1).view(len(y), -1)
+                            right, voted = right + int((votes == y.unsqueeze(1)).sum()), voted + votes.numel()
                     optimizer.step()
-                    total += value.detach() * len(index)
-                    if seen and seen[-1].dim() == 2 and len(seen[-1]) % len(y) == 0:
-                        votes = seen[-1].detach().argmax(1).view(len(y), -1)
-                        right, voted = right + int((votes == y.unsqueeze(1)).sum()), voted + votes.numel()
+                    total += mean * len(index)
                     bar.update()
                     if step % 20 == 0:
-                        now, accuracy = float(value.detach()), right / max(voted, 1)
-                        bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {now:.4f}, accuracy {accuracy:.2%}")
-            seconds = time.perf_counter() - started
+                        accuracy = right / max(voted, 1)
+                        bar.set_postfix_str(
+                            f"epoch {epoch + 1}/{epochs}, loss {float(mean):.4f}, accuracy {accuracy:.2%}"
+                        )
             line = {
                 "epoch": epoch,
                 "loss": float(total) / len(images),
                 "accuracy": right / max(voted, 1),
-                "seconds": seconds,
+                "seconds": time.perf_counter() - started,
             }
-            if checkpoint is not None:
-                _save(Path(checkpoint), model, optimizer, epoch + 1, described)
             if metrics is not None:
                 with open(metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+            if checkpoint is not None:
+                _save(Path(checkpoint), model, optimizer, epoch + 1, described)
     finally:
         bar.close()
         hook.remove()
     return model.eval()
 
 
-def _check(images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, weight_decay: float) -> None:
+def _check(
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+    microbatch: int | None,
+) -> None:
     if images.dim() < 2 or len(images) == 0 or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"data must be images [N, ...] and int64 labels [N], "
-            f"not {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+            "data must be images [N, ...] and int64 labels [N], not "
+            f"{tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
-    if int(labels.min()) < 0:
-        raise ValueError(f"labels must not be negative, found {int(labels.min())}")
-    _at_least("epochs", epochs, 1)
-    _at_least("batch_size", batch_size, 1)
-    _positive("lr", lr)
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and not negative, not {weight_decay}")
+    at_least("epochs", epochs, 1)
+    at_least("batch_size", batch_size, 1)
+    at_least("microbatch", batch_size if microbatch is None else microbatch, 1)
+    positive("lr", lr)
+    not_negative("weight_decay", weight_decay)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+
+
+@torch.no_grad()
+def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    """Two images through the network: it must give logits, and have a class for every label."""
+    with eval_mode(model):
+        logits = model(as_float(images[:2]).to(device))
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images[:2]):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits [B, classes], not {found} for {len(images[:2])} images")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, and are in [{low}, {high}]")
+
+
+def _digest(images: Tensor, labels: Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in (images, labels):
+        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def _keep_lines(path: Path, epochs: int) -> None:
+    """Leaves the lines of the first epochs in a metrics file: a run that starts or goes on writes the others again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if epochs and path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in lines[:epochs]), encoding="utf-8")
 
 
 def _fields(loss: Any) -> str:
@@ -258,6 +269,9 @@ def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, des
             raise ValueError(
                 f"{path} is of another run: {key} is {there.get(key)} there and {value} here; delete it to start again"
             )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is of another network; delete it to start again") from error
     return int(state["epoch"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -142,6 +143,38 @@ def _tail_close(ours: Tensor, plain: Tensor) -> None:
     torch.testing.assert_close(ours[1], plain[1], rtol=1e-12, atol=1e-13)
 
 
+def _soft(labels: bool) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for shape in ((7, 16, 10), (3, 5, 3), (2, 37, 100), (4, 1, 2), (0, 4, 3)):
+        for dtype in (torch.float32, torch.float64):
+            logits = torch.randn(shape, dtype=dtype)
+            y = reference.soft_smooth(logits, 4.0).argmax(1)
+            y[1:] = (y[1:] + (torch.arange(len(y[1:])) % 3 == 0)) % shape[2]  # some wrong
+            cases.append(((logits, y), {"beta": 4.0, "sigma": 0.5}) if labels else ((logits, 4.0), {}))
+    transposed = torch.randn(3, 5, 4).transpose(1, 2)
+    cases.append(((transposed, torch.tensor([0, 1, 2])), {"beta": 1.0, "sigma": 2.0, "squeeze": 0.0}))
+    if not labels:
+        cases[-1] = ((transposed,), {})
+    return cases
+
+
+def _soft_close(ours: Tensor, plain: Tensor) -> None:
+    # float32's 1 - p cancels in the plain version, to 6e-8, and Phi^-1 has a slope of 300 at most at squeeze 0.001.
+    assert ours.shape == plain.shape and ours.dtype == plain.dtype
+    tolerance = 4e-5 if ours.dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
+
+
+def _gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        out = function(leaf, *args, **options)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+        return torch.autograd.grad(out, leaf, weights)[0]
+
+    return run
+
+
 def _same(ours: Tensor, plain: Tensor) -> None:
     assert torch.equal(ours, plain)
 
@@ -172,6 +205,22 @@ CASES = {
     ),
     "normal_quantile": Case(
         "normal_quantile", ops.normal_quantile, reference.normal_quantile, _quantile_arguments, _quantile_close
+    ),
+    "soft_smooth": Case("soft_smooth", ops.soft_smooth, reference.soft_smooth, partial(_soft, False), _soft_close),
+    "soft_smooth, gradient": Case(
+        "soft_smooth_backward",
+        _gradient(ops.soft_smooth),
+        _gradient(reference.soft_smooth),
+        partial(_soft, False),
+        _soft_close,
+    ),
+    "soft_radius": Case("soft_radius", ops.soft_radius, reference.soft_radius, partial(_soft, True), _soft_close),
+    "soft_radius, gradient": Case(
+        "soft_radius_backward",
+        _gradient(ops.soft_radius),
+        _gradient(reference.soft_radius),
+        partial(_soft, True),
+        _soft_close,
     ),
 }
 

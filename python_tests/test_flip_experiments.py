@@ -100,7 +100,10 @@ def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsy
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"flips-mnist17{end}" for end in (".tsv", ".md", "-exact.png", "-whitebox.png")}
     assert all(f"| {name} |" in text for name in (*CERTIFICATES, "attacked", "undefended"))
-    assert main(["reproduce", "flips-mnist17", "--out", str(tmp_path / "again")]) == 0
+    assert (
+        main(["reproduce", "flips-mnist17", "--work", str(tmp_path / "again"), "--results", str(tmp_path / "r.json")])
+        == 0
+    )
     assert (tmp_path / "again" / "flips-mnist17.tsv").read_bytes() == (
         tmp_path / "out" / "flips-mnist17.tsv"
     ).read_bytes()

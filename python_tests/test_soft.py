@@ -1,0 +1,140 @@
+"""Soft certification, evaluation and presets: bounds, invariance, a distance that is known, and commands end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import small_network, write_data
+from torch import Tensor, nn
+
+import pacd_fast
+from pacd_fast import evaluate, models, reference, reproduce
+from pacd_fast.__main__ import main
+from pacd_fast.soft import UNIT, bernstein_lower
+
+
+def test_bernstein_is_its_formula_and_a_lower_bound():
+    generator = np.random.default_rng(0)
+    misses = 0
+    for trial in range(400):
+        units = (generator.beta(2, 1, 200) * UNIT).astype(np.int64)
+        bound = bernstein_lower(int(units.sum()), int((units * units).sum()), 200, 0.1)
+        if trial < 20:
+            assert bound == pytest.approx(reference.bernstein_lower(units / UNIT, 0.1), abs=1e-12)
+        misses += bound > 2 / 3
+    assert misses <= 400 * 0.1  # it is far from tight: in truth none is expected
+    assert bernstein_lower(1000 * UNIT, 1000 * UNIT**2, 1000, 0.001) == pytest.approx(1 - 7 * math.log(2000) / 3 / 999)
+    with pytest.raises(ValueError, match="n must be at least 2"):
+        bernstein_lower(1, 1, 1, 0.1)
+
+
+def certify(network: nn.Module, x: Tensor, **options) -> pacd_fast.SoftCertificates:
+    return pacd_fast.soft_certify(network, x, num_classes=4, **({"sigma": 0.25, "n": 600, "seed": 1} | options))
+
+
+def test_soft_certificates_do_not_depend_on_batches_and_agree_with_the_plain_sum():
+    network, x = small_network(), torch.rand(5, 1, 4, 4)
+    with torch.no_grad():
+        network[3].weight *= 20
+    found, other = certify(network, x, beta=4.0), certify(network, x, beta=4.0, batch_size=64)
+    for name in ("prediction", "radius", "p_lower", "mean"):
+        assert torch.equal(getattr(found, name), getattr(other, name))
+    alone = certify(network, x[3:4], beta=4.0, image_ids=torch.tensor([3]))
+    assert torch.equal(alone.mean[0], found.mean[3])
+    with torch.no_grad():
+        noisy = pacd_fast.ops.noisy_copies(x[3:4], 0.25, 600, 1, image_ids=torch.tensor([3]), stream=1)
+        mean = torch.softmax(4.0 * network(noisy), 1).double().mean(0)
+    torch.testing.assert_close(found.mean[3], mean, rtol=0, atol=3e-6)
+    inside = found.prediction >= 0
+    assert bool(inside.any()) and torch.equal(inside, found.p_lower > 0.5) and bool((found.radius[~inside] == 0).all())
+    z = torch.special.ndtri(found.p_lower[inside])
+    torch.testing.assert_close(found.radius[inside], 0.25 * z, rtol=1e-12, atol=0)
+
+
+def test_soft_certify_refuses():
+    network, x = small_network(), torch.rand(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="it takes n = 37"):
+        certify(network, x, n=36)
+    assert int(certify(network, x, n=37).prediction[0]) in (-1, 0, 1, 2, 3)
+    for options in ({"beta": 0.0}, {"alpha": 1.0}, {"n": 2**23}, {"n0": 0}, {"seed": -1}):
+        with pytest.raises(ValueError):
+            certify(network, x, **options)
+    with torch.no_grad():
+        network[3].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN for 700 of 700 noisy copies of image 0"):
+        certify(network, x)
+
+
+def test_the_distortion_of_a_linear_classifier_is_the_distance_to_its_boundary():
+    torch.manual_seed(0)
+    weight = torch.randn(16)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.stack([weight, -weight]))
+        network[1].bias.copy_(torch.tensor([-0.5 * weight.sum(), 0.5 * weight.sum()]))
+    direction = (weight / weight.norm()).view(1, 1, 4, 4)
+    far = torch.tensor([0.02, 0.1, 0.3, 0.5, -0.2])
+    x = 0.5 + far.view(-1, 1, 1, 1) * direction
+    y = torch.tensor([0, 0, 0, 0, 0])  # the last is wrong from the start
+    found = evaluate.distortions(network, x, y, sigma=0.05, copies=2000, iterations=100)
+    assert found[4] == 0
+    # The noise of 2000 copies moves the boundary by 0.05 / sqrt(2000) or so; a step is 2 % of a radius.
+    torch.testing.assert_close(found[:4], far[:4].double(), rtol=0.03, atol=0.006)
+    assert all(p.requires_grad for p in network.parameters())
+    blind = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with torch.no_grad():
+        blind[1].weight.zero_()
+        blind[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    assert evaluate.distortions(blind, x[:1], y[:1], sigma=0.1, copies=2, iterations=3).tolist() == [10.0]
+
+
+def test_train_several_seeds_then_evaluate(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path)
+    train = ["train", "--method", "gaussian", "--sigma", "0.3", "--data", data, "--epochs", "1", "--seeds", "2"]
+    assert main([*train, "--out", "v.safetensors", "--metrics", "v.jsonl"]) == 0
+    assert "over 2 seeds: " in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.glob("v*")) == [
+        "v-0.jsonl",
+        "v-0.safetensors",
+        "v-1.jsonl",
+        "v-1.safetensors",
+    ]
+    assert models.load_checkpoint("v-1.safetensors").metadata["loss"] == "Gaussian(sigma=0.3, k=1)"
+    both = ["evaluate", "--checkpoint", "v-0.safetensors", "v-1.safetensors", "--data", data]
+    attack = ["--count", "4", "--copies", "4", "--iterations", "3"]
+    assert main([*both, *attack, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["all"]["images"] == 200 and found["all"]["attacked"] == 4 and len(found["all"]["distortion"]) == 2
+    assert found["3"]["images"] == 20 and all(0 <= value <= 1 for value in found["3"]["noisy"])
+    assert main([*both, *attack, "--target-class", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "±" in text and len(text.strip().splitlines()) == 3
+    for wrong in (["--copies", "-1"], ["--target-class", "77"], ["--sigma", "-1"], ["--iterations", "0"]):
+        assert main([*both, *attack, *wrong]) == 2
+
+
+def test_a_preset_runs_resumes_and_records(tmp_path, capsys):
+    data = write_data(tmp_path, 5100, "mnist")
+    results, work = tmp_path / "results.json", tmp_path / "work"
+    command = ["reproduce", "clean-mnist", "--data", data, "--method", "gaussian", "--sigma", "0.5", "--seeds", "2"]
+    command += ["--epochs", "1", "--n", "100", "--count", "3", "--work", str(work), "--results", str(results)]
+    assert main(command) == 0
+    first = json.loads(results.read_text())["clean MNIST"]
+    (row,) = first["rows"]
+    assert row["ACR, paper"] == "1.481±0.02" and row["as good"] == "no" and row["seeds"] == 2 and "±" in row["ACR"]
+    before = {p.name: p.read_bytes() for p in work.iterdir()}
+    assert main(command) == 0 and {p.name: p.read_bytes() for p in work.iterdir()} == before
+    assert [r["ACR"] for r in json.loads(results.read_text())["clean MNIST"]["rows"]] == [row["ACR"]]
+    reproduce.add_row(results, "clean MNIST", ["method"], row | {"method": "macer"})
+    assert len(json.loads(results.read_text())["clean MNIST"]["rows"]) == 2
+    capsys.readouterr()
+    assert main([*command, "--data", "cifar10"]) == 2 and "--data must be mnist" in capsys.readouterr().err
+    assert main([*command, "--results", str(tmp_path / "no" / "r.json")]) == 2
+    Path(results).write_text("[]")
+    assert main(command) == 2 and "is not a results file" in capsys.readouterr().err
