@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,15 +75,16 @@ cuda_library: str = _load_cuda()
 _ops = torch.ops.pacd_fast
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, message: str | Callable[[], str]) -> None:
+    """A message with numbers in it is a function: it costs nothing where all is well, and compiles where they vary."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def _require_device(x: Tensor) -> None:
     if x.device.type == "cuda" and cuda_library != "loaded":
         raise ValueError(f"the CUDA operators are {cuda_library}")
-    _require(x.device.type in ("cpu", "cuda", "meta"), f"expected a CPU or CUDA tensor, not one on {x.device}")
+    _require(x.device.type in ("cpu", "cuda", "meta"), lambda: f"expected a CPU or CUDA tensor, not one on {x.device}")
 
 
 def _channel_numbers(values: Sequence[float] | Tensor | None, name: str, x: Tensor) -> Tensor | None:
@@ -91,7 +92,8 @@ def _channel_numbers(values: Sequence[float] | Tensor | None, name: str, x: Tens
         return None
     tensor = torch.as_tensor(values, dtype=torch.float32, device=x.device).flatten()
     _require(
-        x.dim() >= 2 and tensor.numel() == x.shape[1], f"{name} needs one number per channel of x {tuple(x.shape)}"
+        x.dim() >= 2 and tensor.numel() == x.shape[1],
+        lambda: f"{name} needs one number per channel of x {tuple(x.shape)}",
     )
     return tensor
 
@@ -139,20 +141,20 @@ def noisy_copies(
     _require_device(x)
     _require(
         x.dim() >= 1 and x.dtype in FLOATS,
-        f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}",
+        lambda: f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}",
     )
-    _require(math.isfinite(sigma) and sigma >= 0, f"sigma must be finite and not negative, not {sigma}")
-    _require(copies >= 1, f"copies must be at least 1, not {copies}")
-    _require(0 <= seed < 2**63, f"seed must be in [0, 2^63), not {seed}")
+    _require(math.isfinite(sigma) and sigma >= 0, lambda: f"sigma must be finite and not negative, not {sigma}")
+    _require(copies >= 1, lambda: f"copies must be at least 1, not {copies}")
+    _require(0 <= seed < 2**63, lambda: f"seed must be in [0, 2^63), not {seed}")
     _require(
         first >= 0 and first + copies <= 2**32,
-        f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}",
+        lambda: f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}",
     )
-    _require(0 <= stream < 2**16, f"stream must be in [0, 2^16), not {stream}")
+    _require(0 <= stream < 2**16, lambda: f"stream must be in [0, 2^16), not {stream}")
     if image_ids is not None:
         _require(
             image_ids.dtype == torch.int64 and image_ids.shape == x.shape[:1] and image_ids.device == x.device,
-            f"image_ids must be int64 [{x.shape[0]}] on {x.device}",
+            lambda: f"image_ids must be int64 [{x.shape[0]}] on {x.device}",
         )
     _require((mean is None) == (std is None), "mean and std come together")
     shift, spread = _channel_numbers(mean, "mean", x), _channel_numbers(std, "std", x)
@@ -161,7 +163,9 @@ def noisy_copies(
         _require(dtype is None and memory_format is None, "out has its own dtype and memory_format")
         _require(
             out.dtype in FLOATS and out.device == x.device and out.shape == (x.shape[0] * copies, *x.shape[1:]),
-            f"out must be {(x.shape[0] * copies, *x.shape[1:])} on {x.device}, not {tuple(out.shape)} on {out.device}",
+            lambda: (
+                f"out must be {(len(x) * copies, *x.shape[1:])} on {x.device}, not {tuple(out.shape)} on {out.device}"
+            ),
         )
         _require(
             out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)),
@@ -171,11 +175,11 @@ def noisy_copies(
             _ops.noisy_copies_(out, pixels, image_ids, float(sigma), seed, first, stream, shift, spread)
         return out
     dtype = x.dtype if dtype is None else dtype
-    _require(dtype in FLOATS, f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    _require(dtype in FLOATS, lambda: f"dtype must be float32, bfloat16 or float16, not {dtype}")
     last = memory_format == torch.channels_last
     _require(
         last or memory_format in (None, torch.contiguous_format),
-        f"memory_format must be contiguous or channels_last, not {memory_format}",
+        lambda: f"memory_format must be contiguous or channels_last, not {memory_format}",
     )
     _require(not last or x.dim() == 4, "channels_last needs x [B, C, H, W]")
     if x.numel() == 0:
@@ -206,18 +210,23 @@ def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
     )
     _require(
         logits.dim() == 2 and logits.shape[1] == counts.shape[1] and logits.shape[1] > 0 and logits.dtype in FLOATS,
-        f"logits must be float32, bfloat16 or float16 [M, {counts.shape[1]}], not {logits.dtype} {tuple(logits.shape)}",
+        lambda: (
+            f"logits must be float32, bfloat16 or float16 [M, {counts.shape[1]}], "
+            f"not {logits.dtype} {tuple(logits.shape)}"
+        ),
     )
     _require(
         image_index.dtype == torch.int64 and image_index.shape == logits.shape[:1],
-        f"image_index must be int64 [{logits.shape[0]}]",
+        lambda: f"image_index must be int64 [{logits.shape[0]}]",
     )
     _require(
         counts.device == logits.device == image_index.device, "counts, logits and image_index must be on one device"
     )
     if counts.device.type == "cpu" and not torch.compiler.is_compiling() and image_index.numel() > 0:
         low, high = image_index.aminmax()
-        _require(0 <= int(low) and int(high) < counts.shape[0], f"image_index must be in [0, {counts.shape[0]})")
+        _require(
+            0 <= int(low) and int(high) < counts.shape[0], lambda: f"image_index must be in [0, {counts.shape[0]})"
+        )
     return _ops.add_votes_(counts, logits.detach(), image_index)
 
 
@@ -228,7 +237,7 @@ def tally_votes(counts: Tensor, logits: Tensor, image_index: Tensor) -> None:
 
 def _clopper_pearson(k: Tensor, n: Tensor | int, alpha: Tensor | float, upper: bool) -> Tensor:
     _require_device(k)
-    _require(k.dtype == torch.int64, f"k must be int64, not {k.dtype}")
+    _require(k.dtype == torch.int64, lambda: f"k must be int64, not {k.dtype}")
     n = torch.as_tensor(n, dtype=torch.int64, device=k.device)
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device=k.device)
     k, n, alpha = torch.broadcast_tensors(k, n, alpha)
@@ -281,8 +290,8 @@ def normal_quantile(p: Tensor, *, rounding: str = "down") -> Tensor:
         ValueError: for another dtype or rounding.
     """
     _require_device(p)
-    _require(p.dtype == torch.float64, f"p must be float64, not {p.dtype}")
-    _require(rounding in ("down", "up"), f'rounding must be "down" or "up", not {rounding!r}')
+    _require(p.dtype == torch.float64, lambda: f"p must be float64, not {p.dtype}")
+    _require(rounding in ("down", "up"), lambda: f'rounding must be "down" or "up", not {rounding!r}')
     return _ops.normal_quantile(p.contiguous(), rounding == "up")
 
 
@@ -290,20 +299,21 @@ def _require_votes(alpha: Tensor, y: Tensor, classes: int, q: float) -> None:
     _require_device(alpha)
     _require(
         alpha.dtype == torch.float64 and alpha.dim() == 2,
-        f"alpha must be float64 [m, n], not {alpha.dtype} {tuple(alpha.shape)}",
+        lambda: f"alpha must be float64 [m, n], not {alpha.dtype} {tuple(alpha.shape)}",
     )
     _require(
         y.dtype == torch.int64 and y.shape == alpha.shape[1:] and y.device == alpha.device,
-        f"y must be int64 [{alpha.shape[1]}] on {alpha.device}, not {y.dtype} {tuple(y.shape)} on {y.device}",
+        lambda: f"y must be int64 [{alpha.shape[1]}] on {alpha.device}, not {y.dtype} {tuple(y.shape)} on {y.device}",
     )
     _require(
         1e-300 <= q < (classes - 1) / classes,
-        f"q must be in (0, {classes - 1}/{classes}) for {classes} classes, not {q}",
+        lambda: f"q must be in (0, {classes - 1}/{classes}) for {classes} classes, not {q}",
     )
     if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel() > 0:
         low, high = y.aminmax()
         _require(
-            0 <= int(low) and int(high) < classes, f"labels must be 0 to {classes - 1}, not {int(low)} to {int(high)}"
+            0 <= int(low) and int(high) < classes,
+            lambda: f"labels must be 0 to {classes - 1}, not {int(low)} to {int(high)}",
         )
 
 
@@ -348,16 +358,16 @@ def chernoff_newton_pairs(alpha: Tensor, y: Tensor, pairs: Tensor, q: float, cla
     Raises:
         ValueError: for anything outside these ranges.
     """
-    _require(classes >= 2, f"classes must be at least 2, not {classes}")
+    _require(classes >= 2, lambda: f"classes must be at least 2, not {classes}")
     _require_votes(alpha, y, classes, q)
     _require(
         pairs.dtype == torch.int64 and pairs.dim() == 3 and pairs.shape[0] == alpha.shape[0] and pairs.shape[2] == 2,
-        f"pairs must be int64 [{alpha.shape[0]}, P, 2], not {pairs.dtype} {tuple(pairs.shape)}",
+        lambda: f"pairs must be int64 [{alpha.shape[0]}, P, 2], not {pairs.dtype} {tuple(pairs.shape)}",
     )
     _require(pairs.device == alpha.device, "pairs must be on the device of alpha")
     if pairs.device.type == "cpu" and not torch.compiler.is_compiling() and pairs.numel() > 0:
         low, high = pairs.aminmax()
-        _require(0 <= int(low) and int(high) < classes, f"pairs must hold classes 0 to {classes - 1}")
+        _require(0 <= int(low) and int(high) < classes, lambda: f"pairs must hold classes 0 to {classes - 1}")
         _require(bool((pairs[..., 0] != pairs[..., 1]).all()), "a pair must be two different classes")
     return _ops.chernoff_newton_pairs(
         alpha.detach().contiguous(), y.contiguous(), pairs.contiguous(), float(q), classes
@@ -368,9 +378,9 @@ def _soft_arguments(logits: Tensor, beta: float) -> Tensor:
     _require_device(logits)
     _require(
         logits.dim() == 3 and min(logits.shape[1], logits.shape[2] - 1) >= 1 and logits.dtype in SOFT_FLOATS,
-        f"logits must be floating [B, k, C] with k >= 1 and C >= 2, not {logits.dtype} {tuple(logits.shape)}",
+        lambda: f"logits must be floating [B, k, C] with k >= 1 and C >= 2, not {logits.dtype} {tuple(logits.shape)}",
     )
-    _require(math.isfinite(beta) and beta > 0, f"beta must be positive and finite, not {beta}")
+    _require(math.isfinite(beta) and beta > 0, lambda: f"beta must be positive and finite, not {beta}")
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -410,14 +420,16 @@ def soft_radius(logits: Tensor, labels: Tensor, *, beta: float, sigma: float, sq
     values = _soft_arguments(logits, beta)
     _require(
         labels.dtype == torch.int64 and labels.shape == logits.shape[:1] and labels.device == logits.device,
-        f"labels must be int64 [{logits.shape[0]}] on {logits.device}, "
-        f"not {labels.dtype} {tuple(labels.shape)} on {labels.device}",
+        lambda: (
+            f"labels must be int64 [{logits.shape[0]}] on {logits.device}, "
+            f"not {labels.dtype} {tuple(labels.shape)} on {labels.device}"
+        ),
     )
-    _require(math.isfinite(sigma) and sigma > 0, f"sigma must be positive and finite, not {sigma}")
-    _require(0 <= squeeze < 0.5, f"squeeze must be in [0, 1/2), not {squeeze}")
+    _require(math.isfinite(sigma) and sigma > 0, lambda: f"sigma must be positive and finite, not {sigma}")
+    _require(0 <= squeeze < 0.5, lambda: f"squeeze must be in [0, 1/2), not {squeeze}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel() > 0:
         low, high = labels.aminmax()
-        _require(0 <= int(low) and int(high) < logits.shape[2], f"labels must be in [0, {logits.shape[2]})")
+        _require(0 <= int(low) and int(high) < logits.shape[2], lambda: f"labels must be in [0, {logits.shape[2]})")
     return _ops.soft_radius(values, labels, float(beta), float(sigma), float(squeeze))
 
 
