@@ -43,7 +43,7 @@ struct LaneSum {
   template <class T>
   PACD_INLINE bool operator()(T (&part)[lanes]) const {
     for (int width = lanes / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) part[lane] = part[lane] + part[lane + width];
+      PACD_LANES for (int lane = 0; lane < width; ++lane) part[lane] = part[lane] + part[lane + width];
     }
     return true;
   }
