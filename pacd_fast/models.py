@@ -95,6 +95,21 @@ class MnistCNN(nn.Module):
         return logits
 
 
+def _convolved(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(convolution(x)); in eval mode, where norm is affine, as one convolution with scaled filters.
+
+    The same function up to rounding, with the same derivatives.  Batch norm in eval mode was a fifth of a pass.
+    """
+    if norm.training:
+        result: Tensor = norm(convolution(x))
+        return result
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
+    shift = norm.bias.float() - norm.running_mean.float() * scale
+    filters = (convolution.weight.float() * scale.view(-1, 1, 1, 1)).to(convolution.weight.dtype)
+    return F.conv2d(x, filters, shift.to(filters.dtype), convolution.stride, convolution.padding)
+
+
 class _ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, added to their input: ``relu(x' + bn2(conv2(relu(bn1(conv1(x))))))``.
 
@@ -114,8 +129,10 @@ class _ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = F.relu(_convolved(self.conv1, self.bn1, x), inplace=True)
+        y = _convolved(self.conv2, self.bn2, y)
+        y += x if isinstance(self.downsample, nn.Identity) else _convolved(self.downsample[0], self.downsample[1], x)
+        return F.relu(y, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -150,7 +167,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(_convolved(self.conv1, self.bn1, x), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits
