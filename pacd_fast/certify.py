@@ -255,12 +255,14 @@ class Sampler:
         return model.to(self.device, self.dtype, memory_format=self.memory_format)
 
     def _rows(self, rows: int) -> Tensor:
-        """A reused buffer: fresh pages for every batch would cost more than the noise."""
+        """A reused buffer: fresh pages for every batch would cost more than the noise.
+
+        With one channel both layouts are the same memory, but convolutions look at the strides.
+        """
         if self._buffer is None or len(self._buffer) < rows:
-            shape = (rows, *self.images.shape[1:])
-            self._buffer = torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(
-                memory_format=self.memory_format
-            )
+            self._buffer = torch.empty(
+                (rows, *self.images.shape[1:]), dtype=self.dtype, device=self.device, memory_format=self.memory_format
+            ).zero_()
         return self._buffer[:rows]
 
     @torch.inference_mode()
