@@ -127,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     summary.add_argument("--radii", type=float, nargs="+", help="where to give the certified accuracy")
     summary.add_argument("--target-class", type=int)
     summary.add_argument("--flips", type=int, nargs="+", help="the same for files of label-flip certificates")
+    summary.add_argument("--over-seeds", action="store_true", help="add the mean and standard deviation of the files")
     summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     plot = command("plot", run_plot, "draw certified accuracy against radius")
@@ -211,7 +212,7 @@ def run_train(options: argparse.Namespace) -> None:
         accuracies.append(float(right.double().mean()))
         print(f"{out}: accuracy without noise on {len(right)} test images {accuracies[-1]:.2%}")
     if options.seeds > 1:
-        print(f"over {options.seeds} seeds: {evaluate.mean_and_deviation(accuracies, '.2%')}")
+        print(f"over {options.seeds} seeds: {results.mean_and_deviation(accuracies, '.2%')}")
 
 
 def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
@@ -357,7 +358,7 @@ def run_summary(options: argparse.Namespace) -> None:
         }
         print(json.dumps(found, indent=2))
     else:
-        print(results.table(read, options.radii, options.target_class))
+        print(results.table(read, options.radii, options.target_class, options.over_seeds))
 
 
 def run_plot(options: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,9 @@ from tqdm import tqdm
 from pacd_fast import _C, ops
 from pacd_fast.datasets import as_float
 from pacd_fast.losses import SmoothAdv, layout
+from pacd_fast.results import mean_and_deviation
 
-__all__ = ["Measured", "correct", "distortions", "mean_and_deviation", "measure", "table", "to_dict"]
+__all__ = ["Measured", "correct", "distortions", "measure", "table", "to_dict"]
 
 STREAM = 3  # the noise of evaluation; training's is 2
 RADII = tuple(10.0 ** (exponent / 10) for exponent in range(-20, 11))  # 0.01 to 10, ten per factor of ten
@@ -247,9 +247,3 @@ def table(measured: Sequence[Measured], class_names: Sequence[str]) -> str:
         natural, noisy = mean_and_deviation(each.natural, ".2%"), mean_and_deviation(each.noisy, ".2%")
         lines.append(f"{name:12} {each.images:7} {natural:>16} {noisy:>16} {each.attacked:9} {far:>15}")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values: Sequence[float], form: str) -> str:
-    """1.234 for one value, 1.234±0.012 for several; the deviation is the sample's."""
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):{form}}"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from pacd_fast import flip_experiments, results, victims
-from pacd_fast.evaluate import mean_and_deviation
 from pacd_fast.losses import METHODS
+from pacd_fast.results import mean_and_deviation
 
 __all__ = ["PRESETS", "Preset", "add_commands", "add_row", "chain", "machine", "run"]
 

@@ -7,6 +7,7 @@ import fcntl
 import io
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
@@ -344,32 +345,53 @@ def summarize(results: Results, radii: Sequence[float] | None = None, target_cla
     )
 
 
-def table(results: Mapping[str, Results], radii: Sequence[float] | None = None, target_class: int | None = None) -> str:
-    """The summaries of several certifications side by side, as text: a line per quantity, a column per name."""
+def table(
+    results: Mapping[str, Results],
+    radii: Sequence[float] | None = None,
+    target_class: int | None = None,
+    over_seeds: bool = False,
+) -> str:
+    """The summaries of several certifications side by side, as text: a line per quantity, a column per name.
+
+    over_seeds: a last column with mean and standard deviation over the others, for victims that differ in their seed.
+    """
     if target_class is not None:
         results = {name: result.of_class(target_class) for name, result in results.items()}
     radii = _grid(list(results.values())) if radii is None else radii
     summaries = [summarize(result, radii) for result in results.values()]
-    lines = [
-        ["", *results],
-        ["images", *(str(s.images) for s in summaries)],
-        ["ACR", *(f"{s.acr:.4f}" for s in summaries)],
-        ["ACA (radius > 0)", *(f"{s.aca:.2%}" for s in summaries)],
-        ["clean accuracy", *(f"{s.clean_accuracy:.2%}" for s in summaries)],
-        ["abstained", *(str(s.abstentions) for s in summaries)],
-    ]
+    over_seeds = over_seeds and len(summaries) > 1
+    lines = [["", *results, *(["mean±sd"] if over_seeds else [])]]
+
+    def add(label: str, values: Sequence[float | None], form: str) -> None:
+        known = [value for value in values if value is not None]
+        cells = ["-" if value is None else f"{value:{form}}" for value in values]
+        lines.append([label, *cells, *([mean_and_deviation(known, form if form != "d" else ".1f")] * over_seeds)])
+
+    add("images", [s.images for s in summaries], "d")
+    add("ACR", [s.acr for s in summaries], ".4f")
+    add("ACA (radius > 0)", [s.aca for s in summaries], ".2%")
+    add("clean accuracy", [s.clean_accuracy for s in summaries], ".2%")
+    add("abstained", [s.abstentions for s in summaries], "d")
     for i, radius in enumerate(summaries[0].radii if summaries else ()):
-        lines.append([f"certified at {radius:g}", *(f"{s.certified_accuracy[i]:.2%}" for s in summaries)])
+        add(f"certified at {radius:g}", [s.certified_accuracy[i] for s in summaries], ".2%")
     if any(s.p_lower_quantiles is not None for s in summaries):
         for q in QUANTILES:
-            cells = ("-" if s.p_lower_quantiles is None else f"{s.p_lower_quantiles[q]:.6f}" for s in summaries)
-            lines.append([f"p_A quantile {q:g}", *cells])
+            known = (s.p_lower_quantiles for s in summaries)
+            add(f"p_A quantile {q:g}", [None if each is None else each[q] for each in known], ".6f")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = (
         [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
         for cells in lines
     )
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def mean_and_deviation(values: Sequence[float], form: str) -> str:
+    """1.234 for one value, 1.234±0.012 for several (the sample's standard deviation), - for none."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):{form}}"
 
 
 def _grid(results: Sequence[Results]) -> tuple[float, ...]:

@@ -416,6 +416,10 @@ def test_table(tmp_path):
     assert lines["p_A quantile 0.5"] == ["0.700000", "-"]
     assert len({len(line) for line in text.splitlines()}) == 1
     assert "certified at 0.3" in table({"ours": by_hand(tmp_path)}, [0.3], target_class=1)
+    seeds = table({"a": by_hand(tmp_path), "b": read(published)}, over_seeds=True).splitlines()
+    assert seeds[0].split() == ["a", "b", "mean±sd"] and seeds[2].split()[1:] == ["0.2500", "0.4265", "0.3382±0.1248"]
+    assert seeds[1].split()[1:] == ["5", "4", "4.5±0.7"] and seeds[-1].split()[-3:-1] != ["-", "-"]
+    assert "mean" not in table({"a": by_hand(tmp_path)}, over_seeds=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
