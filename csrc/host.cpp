@@ -17,6 +17,7 @@
 
 #include "flips.h"
 #include "kernels.h"
+#include "soft.h"
 
 namespace py = pybind11;
 
@@ -240,6 +241,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("exp_negative", [](double x) { const ExpPair p = exp_negative(x); return std::make_pair(p.e, p.g); }, py::arg("x"),
         "(exp(-x), 1 - exp(-x)) as the label-flip bound computes them, for the tests.");
   m.def("log_near_one", [](double p) { return log_near_one(p); }, py::arg("p"), "log on [2^-1/2, 2^1/2), for the tests.");
+  m.def("soft_exp", [](double x) { return soft_exp(x); }, py::arg("x"), "exp(x) for x <= 0 in double, for the tests.");
+  m.def("soft_exp_float", [](float x) { return soft_exp(x); }, py::arg("x"), "exp(x) for x <= 0 in float, for the tests.");
+  m.def("log_positive", &log_positive, py::arg("x"), "log of a normal positive double, for the tests.");
+  m.def("quick_quantile", &quick_quantile, py::arg("p"), py::arg("q"), "Phi^-1(p) from p and q = 1 - p, for the tests.");
   m.def("exp_dd", [](double hi, double lo) { return pair_of(exp(Dd(hi, lo))); }, "Double-double exp, for the tests.");
   m.def("log_dd", [](double hi, double lo) { return pair_of(log(Dd(hi, lo))); }, "Double-double log, for the tests.");
   m.def("log_factorial_dd", [](int64_t n) { return pair_of(log_factorial(n)); }, "Double-double log(n!), for the tests.");

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from pacd_fast import models
 
@@ -346,3 +347,20 @@ def test_fingerprint_sees_names_dtypes_shapes_and_bytes():
     prints = {models.fingerprint(model) for model in (base, changed, renamed, reshaped)}
     prints.add(models.fingerprint(base.to(torch.bfloat16)))
     assert len(prints) == 5
+
+
+def test_batch_norm_in_eval_mode_is_part_of_the_convolution():
+    """The same numbers as convolution, then batch norm, with the same gradients for images and parameters."""
+    network = models.build("resnet20", num_classes=4, in_channels=3, image_size=(8, 8)).double().train()
+    x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    network(x)
+    block = network.layer2[0].eval()
+    y = torch.rand(2, 16, 8, 8, dtype=torch.float64, requires_grad=True)
+    apart = F.relu(block.bn1(block.conv1(y)))
+    apart = F.relu(block.bn2(block.conv2(apart)) + block.downsample(y))
+    values = [y, *block.parameters()]
+    torch.testing.assert_close(block(y), apart, rtol=1e-6, atol=1e-6)  # the filters are scaled in float32
+    for ours, plain in zip(
+        torch.autograd.grad(block(y).sum(), values), torch.autograd.grad(apart.sum(), values), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
@@ -13,9 +14,31 @@ from test_training import small_network, write_data
 from torch import Tensor, nn
 
 import pacd_fast
-from pacd_fast import evaluate, models, reference, reproduce
+from pacd_fast import _C, evaluate, models, reference, reproduce
 from pacd_fast.__main__ import main
 from pacd_fast.soft import UNIT, bernstein_lower
+
+
+def test_the_kernels_functions_have_the_errors_that_they_state():
+    mp.mp.prec = 120
+    xs = [-(10.0**e) * f for e in range(-9, 3) for f in (1.0, 1.7, 3.3, 6.9)] + [-0.0, -86.9, -707.9]
+    for x in xs:
+        if x >= -708:
+            assert abs(_C.soft_exp(x) / mp.exp(x) - 1) < 1e-15, x
+        x = float(np.float32(x))
+        if x >= -87:
+            assert abs(_C.soft_exp_float(x) / mp.exp(x) - 1) < 3e-7, x
+    assert _C.soft_exp(-708.1) == 0 == _C.soft_exp_float(-87.1) == _C.soft_exp(-math.inf)
+    assert math.isnan(_C.soft_exp(math.nan)) and math.isnan(_C.soft_exp_float(math.nan))
+    for x in [1 + d for d in (-0.29, -1e-3, -1e-12, 1e-12, 1e-3, 0.4)] + [2.3e-308, 1e-30, 0.1, 5.0, 1e300]:
+        error = abs(_C.log_positive(x) - mp.log(x))
+        assert error <= max(1e-15 * abs(mp.log(x)), mp.mpf(1e-16)), x
+    for tail in [10.0**-e * f for e in range(1, 300, 7) for f in (0.7, 1.0, 3.1)] + [0.0749, 0.0751, 0.45]:
+        z = _C.quick_quantile(tail, 1 - tail)
+        # the error of z through Phi, whose relative slope is the hazard rate, about |z| + 1 / |z|
+        off = abs(mp.ncdf(z) / mp.mpf(tail) - 1) / (abs(z) + 1 / abs(z)) / abs(z)
+        assert off < 2e-15 and _C.quick_quantile(1 - tail, tail) == -z, tail
+    assert _C.quick_quantile(0.0, 1.0) == -math.inf and _C.quick_quantile(1.0, 0.0) == math.inf
 
 
 def test_bernstein_is_its_formula_and_a_lower_bound():
