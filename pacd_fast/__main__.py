@@ -153,11 +153,16 @@ def _add_data(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--data-dir", help="folder of mnist, fashion-mnist, cifar10 in torchvision's layout")
     sub.add_argument("--download", action="store_true", help="fetch the data into --data-dir where it is missing")
     sub.add_argument("--validation", type=int, default=0, help="last training images to hold out as split val")
+    sub.add_argument("--train-images", type=int, help="keep this many training images, the first ones; by default all")
 
 
 def _data(options: argparse.Namespace) -> datasets.Dataset:
     return datasets.load(
-        options.data, data_dir=options.data_dir, download=options.download, validation=options.validation
+        options.data,
+        data_dir=options.data_dir,
+        download=options.download,
+        validation=options.validation,
+        train_images=options.train_images,
     )
 
 

@@ -95,7 +95,12 @@ class Dataset:
 
 
 def load(
-    name: str, *, data_dir: str | os.PathLike[str] | None = None, download: bool = False, validation: int = 0
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    validation: int = 0,
+    train_images: int | None = None,
 ) -> Dataset:
     """Read a data set into memory.
 
@@ -106,6 +111,7 @@ def load(
     two apart, a string entry ``layout`` ("NHWC" or "NCHW") in the file does. Pickled objects in it are refused.
     validation: how many images, the last ones of the training set, to hold out as the split "val"; the papers hold out
     5 000 for MNIST and for CIFAR-10.
+    train_images: how many training images to keep, the first ones; by default all that are not held out.
 
     Raises FileNotFoundError and ValueError, each one line that says what to do.
     """
@@ -129,10 +135,13 @@ def load(
     train = len(tensors["x_train"]) - validation
     if validation < 0 or train < 1:
         raise ValueError(f"cannot hold out {validation} of the {len(tensors['x_train'])} training images of {name}")
+    kept = train if train_images is None else train_images
+    if not 1 <= kept <= train:
+        raise ValueError(f"cannot keep {kept} training images of {name}: there are {train}")
     return Dataset(
         name=name,
-        x_train=tensors["x_train"][:train],
-        y_train=tensors["y_train"][:train],
+        x_train=tensors["x_train"][:kept],
+        y_train=tensors["y_train"][:kept],
         x_test=tensors["x_test"],
         y_test=tensors["y_test"],
         x_val=tensors["x_train"][train:],
