@@ -1,4 +1,4 @@
-"""The command pacd-fast: train, certify, evaluate, labelflip, reproduce, summary, plot, merge, info, selftest."""
+"""The command pacd-fast: train, certify, evaluate, poison, audit, labelflip, reproduce, summary, plot and others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,20 @@ from pathlib import Path
 import torch
 
 import pacd_fast
-from pacd_fast import datasets, evaluate, flip_experiments, models, plots, reproduce, results, training, victims
+from pacd_fast import (
+    attack_commands,
+    datasets,
+    evaluate,
+    flip_experiments,
+    models,
+    plots,
+    reproduce,
+    results,
+    training,
+    victims,
+)
 from pacd_fast.certify import certify_each, check_arguments
+from pacd_fast.poison import Poison
 
 _NETWORKS = f"{', '.join(models.BUILT_IN)} or package.module:function"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pacd-fast {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = " with --resume" if options.command == "train" else ""
+        again = " with --resume" if options.command in ("train", "poison") else ""
         print(f"\npacd-fast {options.command}: stopped; run the same command again{again} to go on", file=sys.stderr)
         return 130
 
@@ -59,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     train = command("train", run_train, "train a base classifier")
     train.add_argument("--model", help=f"{_NETWORKS}; by default mnist-cnn, and resnet20 for cifar10")
     _add_data(train)
+    train.add_argument("--poison", help="poison file to put into the training images")
     train.add_argument("--method", choices=list(training.METHODS), default="gaussian", help="training loss")
     for name, (number, where) in victims.hyperparameters().items():
         train.add_argument(f"--{name}", type=number, help=f"hyperparameter of {where}")
@@ -96,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     certify.add_argument("--skip", type=int, default=1, help="certify every skip-th image")
     certify.add_argument("--max", type=int, help="stop before this image")
     certify.add_argument("--target-class", type=int, help="only images of this class")
+    certify.add_argument("--except-class", type=int, help="only images of other classes")
     certify.add_argument("--count", type=int, help="a random choice of this many images, decided by --choice")
     certify.add_argument("--choice", type=int, default=0, help="seed of --count's choice")
     certify.add_argument("--shard", default="0/1", help="i/m: every m-th image, from the i-th; see merge")
@@ -121,6 +135,13 @@ def parser() -> argparse.ArgumentParser:
     measure.add_argument("--seed", type=int, default=0, help="of the noise")
     measure.add_argument("--device", default="auto")
     measure.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    poison = command("poison", run_poison, "craft poison: training images that lower certified robustness")
+    _add_data(poison, held_out=None)
+    attack_commands.add_poison(poison)
+    audit = command("audit", run_audit, "what poison does: train victims with and without it, certify, compare")
+    _add_data(audit, held_out=None)
+    attack_commands.add_audit(audit)
 
     summary = command("summary", run_summary, "tabulate results files, ours or those of locuslab/smoothing")
     summary.add_argument("files", nargs="+")
@@ -148,11 +169,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_data(sub: argparse.ArgumentParser) -> None:
+def _add_data(sub: argparse.ArgumentParser, held_out: int | None = 0) -> None:
     sub.add_argument("--data", default="mnist5k", help=f"{', '.join(datasets.NAMES)} or the path of an .npz file")
     sub.add_argument("--data-dir", help="folder of mnist, fashion-mnist, cifar10 in torchvision's layout")
     sub.add_argument("--download", action="store_true", help="fetch the data into --data-dir where it is missing")
-    sub.add_argument("--validation", type=int, default=0, help="last training images to hold out as split val")
+    sub.add_argument("--validation", type=int, default=held_out, help="last training images to hold out as split val")
     sub.add_argument("--train-images", type=int, help="keep this many training images, the first ones; by default all")
 
 
@@ -185,6 +206,8 @@ def device_of(name: str) -> torch.device:
 
 def run_train(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), _data(options)
+    if options.poison is not None:
+        data = Poison.load(options.poison).apply(data)
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
     given = {name: getattr(options, name) for name in victims.hyperparameters() if getattr(options, name) is not None}
@@ -232,10 +255,13 @@ def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
         raise ValueError(f"--shard must be i/m like 0/2, not {options.shard!r}") from None
     if not 0 <= shard < shards:
         raise ValueError(f"--shard i/m needs 0 <= i < m, not {options.shard}")
+    wanted = labels != (-1 if options.except_class is None else options.except_class)
+    if options.target_class is not None:
+        wanted &= labels == options.target_class
     if options.count is not None:
-        chosen = datasets.random_subset(labels, options.target_class, options.count, options.choice).tolist()
+        chosen = datasets.random_subset(wanted.long(), 1, options.count, options.choice).tolist()
     else:
-        chosen = [i for i, label in enumerate(labels.tolist()) if options.target_class in (None, label)]
+        chosen = wanted.nonzero().flatten().tolist()
     chosen = [i for i in chosen if i % options.skip == 0 and (options.max is None or i < options.max)]
     if not chosen:
         raise ValueError("no image is left to certify: look at --target-class, --skip and --max")
@@ -337,6 +363,14 @@ def run_evaluate(options: argparse.Namespace) -> None:
         print(json.dumps(evaluate.to_dict(measured, data.class_names), indent=2))
     else:
         print(evaluate.table(measured, data.class_names))
+
+
+def run_poison(options: argparse.Namespace) -> None:
+    attack_commands.run_poison(options, attack_commands.load(options), device_of(options.device))
+
+
+def run_audit(options: argparse.Namespace) -> int:
+    return attack_commands.run_audit(options, attack_commands.load(options), main)
 
 
 def run_reproduce(options: argparse.Namespace) -> int:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pacd_fast.datasets import as_float
 from pacd_fast.results import Results, Run, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from pacd_fast.datasets import Dataset
+    from pacd_fast.poison import Poison
 
 # Okabe and Ito's palette, told apart by colour-blind readers; after it come other dashes.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -125,6 +129,48 @@ def flip_curves(
     if title is not None:
         figure.suptitle(title, fontsize=11)
     figure.savefig(out_path, dpi=200)
+
+
+def poison(
+    poison: Poison, data: Dataset, out_path: str | os.PathLike[str], *, images: int = 8, title: str | None = None
+) -> None:
+    """Draw some images three times: as they were, with their poison, and the difference, amplified to full contrast.
+
+    The images are those with the largest perturbations (l2), all of which lie in the ball.
+    Raises ValueError for no poison or an unknown ending, FileNotFoundError where the folder does not exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out_path = Path(out_path)
+    if len(poison.index) == 0:
+        raise ValueError("the poison changes no image: there is nothing to draw")
+    if not out_path.parent.is_dir():
+        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    base, poisoned = as_float(data.x_train[poison.index]), as_float(poison.images)
+    size = (poisoned - base).flatten(1).norm(dim=1)
+    shown = size.argsort(descending=True, stable=True)[:images]
+    delta = (poisoned - base)[shown]
+    scale = float(delta.abs().max()) or 1.0
+    rows = {
+        "base": base[shown],
+        "poison": poisoned[shown],
+        f"difference, x{0.5 / scale:.2g}": 0.5 + 0.5 * delta / scale,
+    }
+    figure = Figure(figsize=(1.0 * len(shown) + 1.0, 3.4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
+        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    axes = figure.subplots(3, len(shown), squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for place, picture in zip(line, pictures, strict=True):
+            place.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            place.set_xticks([])
+            place.set_yticks([])
+        line[0].set_ylabel(name, fontsize=8)
+    label = f"{poison.attack}: {len(poison.index)} images, {poison.ball.norm} epsilon {poison.ball.epsilon:.3g}"
+    figure.suptitle(label if title is None else title, fontsize=10)
+    figure.savefig(out_path, dpi=150)
 
 
 def _flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,8 @@ into a results file (JSON).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -62,12 +64,21 @@ def run(options: argparse.Namespace, main: Main) -> int:
     return PRESETS[options.preset].run(options, main)
 
 
-def chain(main: Main, command: Sequence[object]) -> None:
-    """Runs one pacd-fast command, after printing it as one would type it; stops the preset where it fails."""
+def chain(main: Main, command: Sequence[object], echo: bool = True) -> str:
+    """Runs one pacd-fast command, after printing it as one would type it; stops the preset where it fails.
+
+    Returns what the command printed; with echo it is printed too.
+    """
     arguments = [str(part) for part in command]
     print(f"+ pacd-fast {shlex.join(arguments)}", file=sys.stderr, flush=True)
-    if main(arguments) != 0:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(arguments)
+    if echo:
+        print(printed.getvalue(), end="", flush=True)
+    if status != 0:
         raise ValueError(f"the step `pacd-fast {arguments[0]}` did not finish; run the same command again to go on")
+    return printed.getvalue()
 
 
 def machine(device: str = "cpu") -> str:
@@ -140,6 +151,12 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
         sub.add_argument("--n", type=int, default=100_000, help="estimation samples per image")
         sub.add_argument("--count", type=int, default=500, help="test images to certify")
         sub.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32")
+        sub.add_argument(
+            "--dtype",
+            choices=["float32", "bfloat16"],
+            default="float32",
+            help="the certificates are for the model in it",
+        )
         sub.add_argument("--device", default="auto")
 
     def run_clean(options: argparse.Namespace, main: Main) -> int:
@@ -159,7 +176,8 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             recipe += ["--dtype", options.train_dtype, "--resume", "--metrics", victim.with_suffix(".jsonl")]
             chain(main, ["train", *source, *recipe, "--out", victim])
             images = ["--target-class", target_class, "--count", options.count, "--choice", 0]
-            chain(main, ["certify", *source, "--checkpoint", victim, *images, "--n", options.n, "--out", files[-1]])
+            smoothed = ["--n", options.n, "--dtype", options.dtype]
+            chain(main, ["certify", *source, "--checkpoint", victim, *images, *smoothed, "--out", files[-1]])
         each = [results.summarize(results.read(file), [0.0], target_class) for file in files]
         radii, accuracies = [one.acr for one in each], [100 * one.aca for one in each]
         row = {
@@ -172,7 +190,8 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             "ACA, %, paper": "-",
             "as good": "-",
             "epochs": options.epochs,
-            "dtype": options.train_dtype,
+            "trained in": options.train_dtype,
+            "certified in": options.dtype,
             "images": options.count,
             "n": options.n,
             "machine": machine(),

@@ -254,6 +254,16 @@ def read(paths: PathLike | Sequence[PathLike]) -> Results:
     )
 
 
+def pooled(several: Sequence[Results]) -> Results:
+    """The certificates of several victims as if they were one, for averages over victims; the run is the first's."""
+    arrays: dict[str, Any] = {}
+    for field in dataclasses.fields(Results):
+        values = [getattr(each, field.name) for each in several]
+        if isinstance(values[0], np.ndarray):
+            arrays[field.name] = np.concatenate(values)
+    return dataclasses.replace(several[0], **arrays)
+
+
 def merge(paths: Sequence[PathLike], out: PathLike) -> int:
     """Merge shards of one run into one file, sorted by idx; returns the number of rows.
 

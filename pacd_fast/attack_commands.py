@@ -1,0 +1,249 @@
+"""The commands `poison` and `audit`: flags, files, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pacd_fast import attacks, audit, datasets, models, plots, reproduce, victims
+from pacd_fast.bilevel import CURVATURES, SOLVERS
+from pacd_fast.datasets import Dataset
+from pacd_fast.losses import METHODS
+from pacd_fast.pacd import PRESETS, Radius, Recipe
+from pacd_fast.poison import NORMS, Poison
+
+ATTACKS = ("pacd", "standard", "watermark", "random")
+
+
+def number(text: str) -> float:
+    """A number, or a fraction such as 16/255."""
+    above, _, below = text.partition("/")
+    return float(above) / float(below) if below else float(above)
+
+
+def add_poison(sub: argparse.ArgumentParser) -> None:
+    """The flags of `poison`, but for those of the data."""
+    sub.add_argument("--attack", choices=ATTACKS, default="pacd")
+    sub.add_argument(
+        "--loss", choices=[m for m in METHODS if m != "standard"], default="gaussian", help="how the victims train"
+    )
+    sub.add_argument("--preset", choices=list(PRESETS), help="the paper's settings; by default those for --data")
+    sub.add_argument("--target-class", help="class to poison, its name or number; by default the paper's 8, ship")
+    sub.add_argument("--epsilon", type=number, help="size of the ball, pixels from 0 to 1; by default the preset's")
+    sub.add_argument("--norm", choices=NORMS, default="linf")
+    sub.add_argument("--fraction", type=number, help="of the class to poison; with --targets, of all training images")
+    sub.add_argument("--targets", type=int, nargs="+", help="test images to attack alone, by poison close to them")
+    sub.add_argument("--model", help=f"{', '.join(models.BUILT_IN)}; by default the preset's")
+    sub.add_argument("--copies", type=int, help="noisy copies of a validation image in the upper loss")
+    sub.add_argument("--opacity", type=float, default=0.1, help="of the watermark")
+    for name, (kind, where) in victims.hyperparameters().items():
+        sub.add_argument(f"--{name}", type=kind, help=f"hyperparameter of {where}")
+    for field in dataclasses.fields(Recipe):
+        choices = {"solver": list(SOLVERS), "curvature": list(CURVATURES)}.get(field.name)
+        kind = {"int": int, "float": float}.get(str(field.type), str)
+        flag = field.name.replace("_", "-")
+        sub.add_argument(f"--{flag}", type=kind, choices=choices, help="of crafting; by default the preset's")
+    sub.add_argument("--max-seconds", type=float, default=float("inf"), help="stop crafting after so long")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--resume", action="store_true", help="go on from an interrupted run's checkpoint")
+    sub.add_argument("--metrics", help="write a JSON line per outer step to this file")
+    sub.add_argument("--out", required=True, help="poison file to write (.npz); its picture lies beside it (.png)")
+
+
+def preset_of(options: argparse.Namespace) -> str:
+    """The preset that was asked for, or the one for the data."""
+    default = {"cifar10": "cifar10", "mnist5k": "mnist-small"}.get(Path(options.data).stem, "mnist")
+    return options.preset or default
+
+
+def class_of(text: str | None, data: Dataset, default: int = 8) -> int:
+    """A class by name or number."""
+    if text is None:
+        return default
+    if text in data.class_names:
+        return data.class_names.index(text)
+    if text.isdecimal() and int(text) < data.num_classes:
+        return int(text)
+    raise ValueError(f"{data.name} has no class {text!r}: it has {', '.join(data.class_names)}")
+
+
+def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device) -> None:
+    """Crafts, writes the poison file and its picture, and prints what was used of the ball."""
+    out = Path(options.out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; create it first")
+    if out.suffix != ".npz":
+        raise ValueError(f"--out must end in .npz, not {out.name!r}")
+    preset = PRESETS[preset_of(options)]
+    target_class = class_of(options.target_class, data)
+    shared: dict[str, Any] = {
+        "target_class": target_class,
+        "epsilon": preset.epsilon if options.epsilon is None else options.epsilon,
+        "norm": options.norm,
+        "fraction": options.fraction if options.fraction is not None else 0.01 if options.targets else 1.0,
+        "seed": options.seed,
+    }
+    if options.attack in ("random", "watermark"):
+        if options.targets:
+            raise ValueError(f"--targets is for pacd, not for {options.attack}")
+        opacity = {"opacity": options.opacity} if options.attack == "watermark" else {}
+        poison = getattr(attacks, options.attack)(data, **shared, **opacity)
+    else:
+        poison = _bilevel(options, data, device, shared)
+    poison.save(out)
+    picture = out.with_suffix(".png")
+    plots.poison(poison, data, picture)
+    used = poison.distortion(data)
+    print(
+        f"{out}: {len(poison.index)} of {len(data.x_train)} training images, class {data.class_names[target_class]}; "
+        f"largest {poison.ball.norm} distortion {float(used.max()):.4f} (epsilon {poison.ball.epsilon:g}), "
+        f"mean {float(used.mean()):.4f}; picture {picture}"
+    )
+    for name, text in (("restarts_nan", "restarts of the weights after a cost that was not finite"),
+                       ("diverged", "outer steps left out, their linear system not solved")):  # fmt: skip
+        if poison.settings.get(name):
+            print(f"{poison.settings[name]} {text}")
+
+
+def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, shared: dict[str, Any]) -> Poison:
+    """PACD, and standard poisoning."""
+    preset = PRESETS[preset_of(options)]
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    recipe = dataclasses.replace(
+        preset.recipe, **{name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+    )
+    method = "standard" if options.attack == "standard" else options.loss
+    given = {name: getattr(options, name) for name in victims.hyperparameters() if getattr(options, name) is not None}
+    if method == "macer":  # what the authors craft with; victims train with more (papers/pacd.md, E.3)
+        given = {"k": 2, "lam": 1.0, **given}
+    loss = victims.loss_of(method, data.name, given)
+    sigma = getattr(loss, "sigma", None)
+    upper = None if sigma is None else Radius(sigma, options.copies or preset.copies)
+    checkpoint = Path(options.out).with_name(Path(options.out).name + ".partial")
+    poison = attacks.pacd(
+        data,
+        loss,
+        upper=upper,
+        targets=options.targets,
+        model=options.model or preset.model,
+        recipe=recipe,
+        device=device,
+        checkpoint=checkpoint,
+        resume=options.resume,
+        metrics=options.metrics,
+        progress=True,
+        max_seconds=options.max_seconds,
+        **shared,
+    )
+    checkpoint.unlink(missing_ok=True)
+    return poison
+
+
+def add_audit(sub: argparse.ArgumentParser) -> None:
+    """The flags of `audit`, but for those of the data."""
+    sub.add_argument("--poison", nargs="+", required=True, help="poison files: a row of the table each")
+    sub.add_argument("--method", choices=list(METHODS), default="gaussian", help="how the victims train")
+    sub.add_argument("--model", help=f"{', '.join(models.BUILT_IN)} or package.module:function")
+    for name, (kind, where) in victims.hyperparameters().items():
+        sub.add_argument(f"--{name}", type=kind, help=f"hyperparameter of {where}; sigma by default the poison's")
+    sub.add_argument("--target-class", help="class to certify, its name or number; by default the poison's")
+    sub.add_argument("--seeds", type=int, default=5, help="victims for every training set")
+    sub.add_argument("--first-seed", type=int, default=0)
+    sub.add_argument("--epochs", type=int, default=100)
+    sub.add_argument("--batch-size", type=int, default=200)
+    sub.add_argument("--lr", type=float, default=1e-3)
+    sub.add_argument("--weight-decay", type=float, default=0.0)
+    sub.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32")
+    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of certification")
+    sub.add_argument("--count", type=int, default=500, help="test images of the class to certify")
+    sub.add_argument("--n", type=int, default=100_000, help="samples for each of them")
+    sub.add_argument("--others", type=int, default=200, help="test images of the other classes; 0 for none")
+    sub.add_argument("--others-n", type=int, default=10_000, help="samples for each of them")
+    sub.add_argument("--attacked", type=int, default=50, help="images of the class for the PGD distortion; 0 for none")
+    sub.add_argument("--device", default="auto")
+    sub.add_argument("--work", default="audit", help="folder for victims, results files, curves, audit.json")
+
+
+def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequence[str]], int]) -> int:
+    """Trains and certifies, prints the table; every step is a pacd-fast command, printed as one would type it."""
+    if options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    files = {Path(path).stem: path for path in options.poison}
+    if len(files) < len(options.poison):
+        raise ValueError("two poison files have the same name: rename one")
+    poisons = {name: Poison.load(path) for name, path in files.items()}
+    for poison in poisons.values():
+        poison.apply(data)  # before any training: is it for these data?
+    first = next(iter(poisons.values())).settings
+    target = first.get("target_class") if options.target_class is None else class_of(options.target_class, data)
+    if target is None:
+        raise ValueError("the poison file does not say which class it is for: give --target-class")
+    sigmas = [p.settings["sigma"] for p in poisons.values() if p.settings.get("sigma")]
+    given = {name: getattr(options, name) for name in victims.hyperparameters() if getattr(options, name) is not None}
+    if options.method != "standard" and "sigma" not in given and sigmas:
+        given["sigma"] = sigmas[0]
+    recipe: list[object] = [part for name, value in given.items() for part in (f"--{name}", value)]
+    recipe += ["--epochs", options.epochs, "--batch-size", options.batch_size, "--lr", options.lr]
+    recipe += ["--weight-decay", options.weight_decay, "--dtype", options.train_dtype]
+    recipe += ["--model", options.model] if options.model else []
+    plan = audit.Audit(
+        source=source(options),
+        method=options.method,
+        recipe=tuple(recipe),
+        target_class=target,
+        seeds=options.seeds,
+        first_seed=options.first_seed,
+        images=min(options.count, int((data.y_test == target).sum())),
+        n=options.n,
+        others=min(options.others, int((data.y_test != target).sum())),
+        others_n=options.others_n,
+        attacked=min(options.attacked, int((data.y_test == target).sum())),
+        dtype=options.dtype,
+        device=options.device,
+        sigma=float(given["sigma"]) if "sigma" in given else (sigmas[0] if sigmas else None),
+    )
+    found = audit.run(plan, files, options.work, lambda command: reproduce.chain(main, command, echo=False))
+    work = Path(options.work)
+    title = f"class {data.class_names[target]}, {options.method}, {options.seeds} victims each"
+    audit.curves(plan, list(found), work, work / "curves.png", title)
+    audit.save(work / "audit.json", plan, found, poisons)
+    print(audit.as_text(audit.rows(found)))
+    print(f"curves {work / 'curves.png'}, everything {work / 'audit.json'}", file=sys.stderr)
+    return 0
+
+
+def source(options: argparse.Namespace) -> tuple[object, ...]:
+    """The flags that name the data, for a further command."""
+    flags: list[object] = ["--data", options.data, "--validation", options.validation]
+    flags += ["--data-dir", options.data_dir] if options.data_dir else []
+    flags += ["--train-images", options.train_images] if options.train_images else []
+    return tuple(flags)
+
+
+def load(options: argparse.Namespace) -> Dataset:
+    """The data of `poison` and `audit`: the split of the preset or of the poison file, unless it is given."""
+    if getattr(options, "attack", None) is not None:
+        preset = PRESETS[preset_of(options)]
+        held: dict[str, Any] = {"validation": preset.validation, "train_images": preset.train_images}
+        if Path(options.data).stem == "mnist5k":
+            held = {"validation": 500, "train_images": None}
+    else:
+        held = Poison.load(options.poison[0]).settings
+    if options.validation is None:
+        options.validation = int(held.get("validation") or 0)
+    if options.train_images is None:
+        options.train_images = held.get("train_images")
+    return datasets.load(
+        options.data,
+        data_dir=options.data_dir,
+        download=options.download,
+        validation=options.validation,
+        train_images=options.train_images,
+    )
