@@ -43,7 +43,8 @@ def add_poison(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--copies", type=int, help="noisy copies of a validation image in the upper loss")
     sub.add_argument("--opacity", type=float, default=0.1, help="of the watermark")
     for name, (kind, where) in victims.hyperparameters().items():
-        sub.add_argument(f"--{name}", type=kind, help=f"hyperparameter of {where}")
+        flag = name if name == "sigma" else f"loss-{name}"  # --epsilon is the ball's
+        sub.add_argument(f"--{flag}", type=kind, help=f"hyperparameter of the loss, {where}")
     for field in dataclasses.fields(Recipe):
         choices = {"solver": list(SOLVERS), "curvature": list(CURVATURES)}.get(field.name)
         kind = {"int": int, "float": float}.get(str(field.type), str)
@@ -120,7 +121,8 @@ def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, s
         preset.recipe, **{name: getattr(options, name) for name in fields if getattr(options, name) is not None}
     )
     method = "standard" if options.attack == "standard" else options.loss
-    given = {name: getattr(options, name) for name in victims.hyperparameters() if getattr(options, name) is not None}
+    flags = {name: name if name == "sigma" else f"loss_{name}" for name in victims.hyperparameters()}
+    given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
     if method == "macer":  # what the authors craft with; victims train with more (papers/pacd.md, E.3)
         given = {"k": 2, "lam": 1.0, **given}
     loss = victims.loss_of(method, data.name, given)

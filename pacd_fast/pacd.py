@@ -85,14 +85,23 @@ class Recipe:
     restart: int = 10
     solver: str = "cg"
     curvature: str = "gauss-newton"
-    steps: int = 10
+    solver_steps: int = 10
     damping: float = 1e-3
     tolerance: float = 0.1
     solver_lr: float = 1e-2
     rank: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "clean_batch", "poison_batch", "upper_batch", "lower_steps", "restart", "steps", "rank"):
+        for name in (
+            "epochs",
+            "clean_batch",
+            "poison_batch",
+            "upper_batch",
+            "lower_steps",
+            "restart",
+            "solver_steps",
+            "rank",
+        ):
             at_least(name, getattr(self, name), 1)
         for name in ("lower_lr", "outer_lr", "solver_lr"):
             positive(name, getattr(self, name))
@@ -458,7 +467,7 @@ class _Loop:
                 solver=recipe.solver,
                 curvature=recipe.curvature,
                 damping=recipe.damping,
-                steps=recipe.steps,
+                steps=recipe.solver_steps,
                 tolerance=recipe.tolerance,
                 warm_start=state.q,
                 with_solution=True,
