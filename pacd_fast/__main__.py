@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     certify.add_argument("--skip", type=int, default=1, help="certify every skip-th image")
     certify.add_argument("--max", type=int, help="stop before this image")
     certify.add_argument("--target-class", type=int, help="only images of this class")
+    certify.add_argument("--images", type=int, nargs="+", help="only these images, by index")
     certify.add_argument("--except-class", type=int, help="only images of other classes")
     certify.add_argument("--count", type=int, help="a random choice of this many images, decided by --choice")
     certify.add_argument("--choice", type=int, default=0, help="seed of --count's choice")
@@ -256,6 +257,12 @@ def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
     if not 0 <= shard < shards:
         raise ValueError(f"--shard i/m needs 0 <= i < m, not {options.shard}")
     wanted = labels != (-1 if options.except_class is None else options.except_class)
+    if options.images is not None:
+        if not all(0 <= index < len(labels) for index in options.images):
+            raise ValueError(f"--images must be in [0, {len(labels)}), not {' '.join(map(str, options.images))}")
+        named = torch.zeros_like(wanted)
+        named[options.images] = True
+        wanted &= named
     if options.target_class is not None:
         wanted &= labels == options.target_class
     if options.count is not None:

@@ -209,6 +209,7 @@ def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequen
         attacked=min(options.attacked, int((data.y_test == target).sum())),
         dtype=options.dtype,
         device=options.device,
+        indices=tuple(first["targets"]) if first.get("targets") else None,
         sigma=float(given["sigma"]) if "sigma" in given else (sigmas[0] if sigmas else None),
     )
     found = audit.run(plan, files, options.work, lambda command: reproduce.chain(main, command, echo=False))

@@ -25,7 +25,7 @@ class Audit:
 
     source: the flags that name the data (--data, --data-dir, ...); recipe: those of `train` after --method; images:
     how many of the target class, others: how many of all other classes together, certified with others_n samples each;
-    attacked: images of the target class for the PGD distortion, 0 for none; sigma: of certification.
+    attacked: images of the target class for the PGD distortion, 0 for none; sigma: of certification; indices: certify these test images instead.
     """
 
     source: tuple[object, ...]
@@ -43,12 +43,17 @@ class Audit:
     dtype: str = "float32"
     device: str = "auto"
     sigma: float | None = None
+    indices: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One training set's victims: a number per victim; others and distortion are empty where nothing was measured."""
+    """One training set's victims, a number per victim, of the target class but for others_*.
 
+    accuracy: of the base classifier without noise; others_* and distortion are empty where nothing was measured.
+    """
+
+    accuracy: list[float]
     acr: list[float]
     aca: list[float]
     others_acr: list[float]
@@ -74,6 +79,7 @@ def run(
     sets: dict[str, str | Path | None] = {CLEAN: None} if clean else {}
     if CLEAN in poisons:
         raise ValueError(f"a poison cannot be called {CLEAN!r}: rename the file")
+    smoothed = [] if audit.sigma is None else ["--sigma", audit.sigma]
     for name, path in {**sets, **poisons}.items():
         target, others, checkpoints = [], [], []
         for seed in range(audit.first_seed, audit.first_seed + audit.seeds):
@@ -85,36 +91,34 @@ def run(
                 ["train", *where, *poisoned, "--method", audit.method, *audit.recipe, "--seed", seed, "--resume"]
                 + ["--metrics", victim.with_suffix(".jsonl"), "--out", victim]
             )
-            smoothed = [] if audit.sigma is None else ["--sigma", audit.sigma]
             certify = ["certify", *where, "--checkpoint", victim, *smoothed, "--dtype", audit.dtype]
             certify += ["--choice", audit.choice]
             file = victim.with_suffix(".tsv")
-            step(
-                [*certify, "--target-class", audit.target_class, "--count", audit.images, "--n", audit.n, "--out", file]
-            )
+            chosen = ["--target-class", audit.target_class, "--count", audit.images]
+            if audit.indices is not None:
+                chosen = ["--images", *audit.indices]
+            step([*certify, *chosen, "--n", audit.n, "--out", file])
             target.append(results.read(file))
             if audit.others:
                 file = victim.with_suffix(".others.tsv")
                 except_ = ["--except-class", audit.target_class, "--count", audit.others, "--n", audit.others_n]
                 step([*certify, *except_, "--out", file])
                 others.append(results.read(file))
-        distortion: list[float] = []
-        if audit.attacked:
-            kept = work / f"{name}-{audit.method}-distortion-{audit.attacked}.json"
-            if not kept.exists():
-                measure = ["evaluate", *audit.source, "--device", audit.device, "--checkpoint", *checkpoints, "--json"]
-                wanted = ["--target-class", audit.target_class, "--count", audit.attacked, "--choice", audit.choice]
-                wanted += [] if audit.sigma is None else ["--sigma", audit.sigma]
-                kept.write_text(step([*measure, *wanted]), encoding="utf-8")
-            distortion = json.loads(kept.read_text(encoding="utf-8"))["all"]["distortion"]
+        kept = work / f"{name}-{audit.method}-evaluate-{audit.seeds}-{audit.attacked}.json"
+        if not kept.exists() or kept.stat().st_mtime < max(victim.stat().st_mtime for victim in checkpoints):
+            measure = ["evaluate", *audit.source, "--device", audit.device, "--checkpoint", *checkpoints, "--json"]
+            wanted = ["--target-class", audit.target_class, "--count", audit.attacked, "--choice", audit.choice]
+            kept.write_text(step([*measure, *wanted, *smoothed]), encoding="utf-8")
+        evaluated = json.loads(kept.read_text(encoding="utf-8"))["all"]
         summaries = [results.summarize(each, [0.0]) for each in target]
         beside = [results.summarize(each, [0.0]) for each in others]
         found[name] = Measured(
+            evaluated["natural"],
             [each.acr for each in summaries],
             [each.aca for each in summaries],
             [each.acr for each in beside],
             [each.aca for each in beside],
-            distortion,
+            evaluated["distortion"],
         )
     return found
 
@@ -139,6 +143,7 @@ def rows(found: Mapping[str, Measured]) -> list[dict[str, Any]]:
             "ACR": mean_and_deviation(each.acr, ".3f"),
             "ACA, %": mean_and_deviation([100 * a for a in each.aca], ".2f"),
             "ACR falls by": _fall(clean.acr, each.acr) if clean is not None and each is not clean else "-",
+            "accuracy, %": mean_and_deviation([100 * a for a in each.accuracy], ".2f"),
             "others' ACR": mean_and_deviation(each.others_acr, ".3f"),
             "others' ACA, %": mean_and_deviation([100 * a for a in each.others_aca], ".2f"),
             "PGD distortion": mean_and_deviation(each.distortion, ".3f"),
