@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pacd_fast import attacks, audit, datasets, models, plots, reproduce, victims
+from pacd_fast import attacks, audit, datasets, models, plots, presets, victims
 from pacd_fast.bilevel import CURVATURES, SOLVERS
 from pacd_fast.datasets import Dataset
 from pacd_fast.losses import METHODS
@@ -107,10 +107,13 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
         f"largest {poison.ball.norm} distortion {float(used.max()):.4f} (epsilon {poison.ball.epsilon:g}), "
         f"mean {float(used.mean()):.4f}; picture {picture}"
     )
-    for name, text in (("restarts_nan", "restarts of the weights after a cost that was not finite"),
-                       ("diverged", "outer steps left out, their linear system not solved")):  # fmt: skip
-        if poison.settings.get(name):
-            print(f"{poison.settings[name]} {text}")
+    if poison.settings.get("restarts_nan"):
+        print(f"the weights began anew {poison.settings['restarts_nan']} times: a cost was not finite")
+    if poison.settings.get("unsolved"):
+        print(
+            f"{poison.settings['unsolved']} of {poison.settings['outer_steps']} linear systems ended worse than they "
+            "began: try another --solver, or more --damping"
+        )
 
 
 def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, shared: dict[str, Any]) -> Poison:
@@ -191,10 +194,12 @@ def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequen
     given = {name: getattr(options, name) for name in victims.hyperparameters() if getattr(options, name) is not None}
     if options.method != "standard" and "sigma" not in given and sigmas:
         given["sigma"] = sigmas[0]
+    sigma = given.get("sigma", sigmas[0] if sigmas else None)
+    if options.method == "standard":  # trained without noise, certified with it
+        given.pop("sigma", None)
     recipe: list[object] = [part for name, value in given.items() for part in (f"--{name}", value)]
     recipe += ["--epochs", options.epochs, "--batch-size", options.batch_size, "--lr", options.lr]
     recipe += ["--weight-decay", options.weight_decay, "--dtype", options.train_dtype]
-    recipe += ["--model", options.model] if options.model else []
     plan = audit.Audit(
         source=source(options),
         method=options.method,
@@ -210,9 +215,10 @@ def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequen
         dtype=options.dtype,
         device=options.device,
         indices=tuple(first["targets"]) if first.get("targets") else None,
-        sigma=float(given["sigma"]) if "sigma" in given else (sigmas[0] if sigmas else None),
+        sigma=sigma,
+        model=options.model,
     )
-    found = audit.run(plan, files, options.work, lambda command: reproduce.chain(main, command, echo=False))
+    found = audit.run(plan, files, options.work, lambda command: presets.chain(main, command, echo=False))
     work = Path(options.work)
     title = f"class {data.class_names[target]}, {options.method}, {options.seeds} victims each"
     audit.curves(plan, list(found), work, work / "curves.png", title)

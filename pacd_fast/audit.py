@@ -24,8 +24,9 @@ class Audit:
     """What to do to every training set: train `seeds` victims, certify test images of the target class and of others.
 
     source: the flags that name the data (--data, --data-dir, ...); recipe: those of `train` after --method; images:
-    how many of the target class, others: how many of all other classes together, certified with others_n samples each;
-    attacked: images of the target class for the PGD distortion, 0 for none; sigma: of certification; indices: certify these test images instead.
+    how many of the target class; others: how many of all other classes together, certified with others_n samples each;
+    attacked: images of the target class for the PGD distortion, 0 for none; sigma: of certification; indices: certify
+    these test images instead of some of the target class; model: the victims' network, by default the data's.
     """
 
     source: tuple[object, ...]
@@ -44,6 +45,7 @@ class Audit:
     device: str = "auto"
     sigma: float | None = None
     indices: tuple[int, ...] | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def run(
     sets: dict[str, str | Path | None] = {CLEAN: None} if clean else {}
     if CLEAN in poisons:
         raise ValueError(f"a poison cannot be called {CLEAN!r}: rename the file")
-    smoothed = [] if audit.sigma is None else ["--sigma", audit.sigma]
+    network = [] if audit.model is None else ["--model", audit.model]
+    smoothed = network + ([] if audit.sigma is None else ["--sigma", audit.sigma])
     for name, path in {**sets, **poisons}.items():
         target, others, checkpoints = [], [], []
         for seed in range(audit.first_seed, audit.first_seed + audit.seeds):
@@ -88,8 +91,8 @@ def run(
             poisoned = [] if path is None else ["--poison", path]
             where = [*audit.source, "--device", audit.device]
             step(
-                ["train", *where, *poisoned, "--method", audit.method, *audit.recipe, "--seed", seed, "--resume"]
-                + ["--metrics", victim.with_suffix(".jsonl"), "--out", victim]
+                ["train", *where, *poisoned, "--method", audit.method, *network, *audit.recipe]
+                + ["--seed", seed, "--resume", "--metrics", victim.with_suffix(".jsonl"), "--out", victim]
             )
             certify = ["certify", *where, "--checkpoint", victim, *smoothed, "--dtype", audit.dtype]
             certify += ["--choice", audit.choice]

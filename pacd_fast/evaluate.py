@@ -94,6 +94,8 @@ def distortions(
     were = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     found = torch.full((len(images),), RADII[-1], dtype=torch.float64)
+    if len(images) == 0:
+        return found
     bar = tqdm(total=len(images), unit="image", disable=not progress)
     try:
         for part in torch.arange(len(images)).split(max(1, ROWS // copies)):

@@ -565,9 +565,10 @@ def _soft_radius_double_backward(ctx, cotangent):
     slopes = torch.zeros_like(mean).scatter(1, which, slope * grad.unsqueeze(1))
     to_slopes, to_logits, _ = _soft_smooth_double_backward(_Saved((slopes, logits), beta), cotangent)
     to_slope = to_slopes.gather(1, which)
-    # d slope / dp = slope^2 * z / (sigma / 2), of the slope's own sign
-    curvature = torch.where(safe, slope * slope * z / sign, 0.0)
-    to_mean = torch.zeros_like(mean).scatter(1, which, curvature * to_slope * grad.unsqueeze(1))
+    # d slope / dp = slope^2 * z / (sigma / 2), of the slope's own sign; in float64, because slope^2 overflows float32
+    # where a loss has masked the image, and inf * 0 is no 0
+    curvature = torch.where(safe, slope.double().square() * z / sign, 0.0)
+    to_mean = torch.zeros_like(mean).scatter(1, which, (curvature * to_slope * grad.unsqueeze(1)).to(mean.dtype))
     return (slope * to_slope).sum(1), to_logits + _ops.soft_smooth_backward(to_mean, logits, beta), *[None] * 4
 
 

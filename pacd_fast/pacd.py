@@ -72,7 +72,8 @@ class Recipe:
     epochs: passes over the poison images, a batch of which is one outer step; clean_batch, poison_batch: images of a
     lower-level batch; upper_batch: validation images of an outer step; lower_steps, lower_lr: Adam's steps on the
     weights before each outer step; outer_lr: Adam's rate on the poison; restart: weights, their optimiser and the
-    linear system's solution start anew after so many epochs; solver to rank: see `bilevel.hypergradient`.
+    linear system's solution start anew after so many epochs; solver to rank: see `bilevel.hypergradient` (minres,
+    because MACER's loss is not convex in the logits: its Gauss-Newton matrix is indefinite, and cg stops at once).
     """
 
     epochs: int = 50
@@ -83,7 +84,7 @@ class Recipe:
     lower_lr: float = 1e-3
     outer_lr: float = 0.1
     restart: int = 10
-    solver: str = "cg"
+    solver: str = "minres"
     curvature: str = "gauss-newton"
     solver_steps: int = 10
     damping: float = 1e-3
@@ -212,7 +213,8 @@ def pacd(
         max_seconds: stop crafting after the outer step in which so much time has passed.
 
     The poison's settings count `restarts_nan`, how often the upper or lower cost was not finite and the weights began
-    anew (as the authors do), and `diverged`, how many linear systems were not solved; those steps were left out.
+    anew (as the authors do), and `unsolved`, how many linear systems ended with a residual above that of q = 0 (the
+    authors' Adam often does, and still finds a direction that helps).
 
     Raises:
         ValueError: for a class that is not there, fewer images than a batch, numbers out of range, a checkpoint of
@@ -257,7 +259,7 @@ def pacd(
         state.load(path)
     loop = _Loop(data, clean, x_upper, y_upper, loss, upper, ball, recipe, seed, state)
     loop.run(path, None if metrics is None else Path(metrics), progress, max_seconds)
-    settings |= {"restarts_nan": state.restarts_nan, "diverged": state.diverged, "outer_steps": state.outer_steps}
+    settings |= {"restarts_nan": state.restarts_nan, "unsolved": state.unsolved, "outer_steps": state.outer_steps}
     settings["seconds"] = round(state.seconds, 1)
     return Poison.craft("pacd" if sigma is not None else "standard", data, chosen, state.u, ball, settings)
 
@@ -308,7 +310,7 @@ class _State:
             mean=models.CIFAR10_MEAN if cifar else None,
             std=models.CIFAR10_STD if cifar else None,
         )
-        self.epoch = self.step = self.starts = self.restarts_nan = self.diverged = self.outer_steps = 0
+        self.epoch = self.step = self.starts = self.restarts_nan = self.unsolved = self.outer_steps = 0
         self.seconds = 0.0
         self.restart()
 
@@ -323,7 +325,7 @@ class _State:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.recipe.lower_lr, fused=fused)
         self.q: Tensor | None = None
 
-    NUMBERS = ("epoch", "step", "starts", "restarts_nan", "diverged", "outer_steps", "seconds")
+    NUMBERS = ("epoch", "step", "starts", "restarts_nan", "unsolved", "outer_steps", "seconds")
     TENSORS = ("u", "first", "second", "visits")
 
     def save(self, path: Path) -> None:
@@ -475,11 +477,12 @@ class _Loop:
             )
         if not (math.isfinite(float(upper)) and math.isfinite(float(lower_value))):
             return self._anew()
-        if found.diverged or not bool(torch.isfinite(gradient).all()):
-            state.q, state.diverged = None, state.diverged + 1
-        else:
+        state.unsolved += found.diverged
+        if bool(torch.isfinite(gradient).all()):
             state.q = found.q
             self._move(here.to(state.device), gradient)
+        else:  # the solver ran away: leave this step out, and begin the next system from 0
+            state.q = None
         return {
             "epoch": state.epoch, "upper": float(upper), "lower": float(lower_value), "residual": found.residual,
             "products": found.products,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -171,6 +171,50 @@ def poison(
     label = f"{poison.attack}: {len(poison.index)} images, {poison.ball.norm} epsilon {poison.ball.epsilon:.3g}"
     figure.suptitle(label if title is None else title, fontsize=10)
     figure.savefig(out_path, dpi=150)
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    out_path: str | os.PathLike[str],
+    ylabel: str,
+    xlabel: str,
+    title: str | None = None,
+) -> None:
+    """Draw means over victims as bars, with standard deviations: a group per name, in it a bar per training set.
+
+    Raises ValueError for nothing to draw or an unknown ending, FileNotFoundError where the folder does not exist.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out_path = Path(out_path)
+    if not groups:
+        raise ValueError("nothing to draw")
+    if not out_path.parent.is_dir():
+        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    kinds = list(dict.fromkeys(kind for group in groups.values() for kind in group))
+    figure = Figure(figsize=(max(4.0, 0.35 * len(groups) * len(kinds) + 1.5), 3.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
+        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    axes, width = figure.subplots(), 0.8 / len(kinds)
+    for i, kind in enumerate(kinds):
+        places = [g + (i - (len(kinds) - 1) / 2) * width for g, group in enumerate(groups.values()) if kind in group]
+        values = [np.asarray(group[kind], dtype=float) for group in groups.values() if kind in group]
+        spread = [float(v.std(ddof=1)) if len(v) > 1 else 0.0 for v in values]
+        means = [float(v.mean()) for v in values]
+        axes.bar(places, means, 0.92 * width, yerr=spread, capsize=2, color=_COLOURS[i % len(_COLOURS)], label=kind)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25, linewidth=0.6, axis="y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(kinds) > 1:
+        axes.legend(fontsize=8, frameon=False, ncols=min(len(kinds), 2), loc="lower left", bbox_to_anchor=(0, 1.0))
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(out_path, dpi=200)
 
 
 def _flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndarray]:

@@ -106,6 +106,16 @@ def test_a_loss_is_its_formula_with_two_derivatives(loss):
             assert bool((b != 0).any())
 
 
+def test_macers_second_derivatives_are_finite_where_the_network_is_certain():
+    """Beyond the hinge the radius is infinite in float32, its slopes overflow, and the loss must not see them."""
+    for scale in (1.0, 3.0, 10.0, 30.0, 100.0):
+        logits = (scale * torch.eye(4)).repeat_interleave(2, 0).requires_grad_()
+        loss = Macer(0.5, k=2, lam=1.0)(lambda x, z=logits: z, torch.zeros(4, 1, 4, 4), torch.arange(4), seed=0)
+        (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
+        (bent,) = torch.autograd.grad(slope.square().sum() + slope[0, 0], logits)
+        assert bool(torch.isfinite(slope).all()) and bool(torch.isfinite(bent).all())
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_a_loss_depends_on_its_seed_alone(loss):
     model, (x, y) = Smooth64(), small_data(6)

@@ -1,0 +1,417 @@
+"""PACD: the lower problem, what stays in the ball, attacks that bite, resuming, and the commands around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pacd_fast import attacks, audit, certify, datasets, ops, pacd_experiments, plots, poison, training
+from pacd_fast.__main__ import main
+from pacd_fast.bilevel import hypergradient
+from pacd_fast.datasets import Dataset, as_float
+from pacd_fast.pacd import Radius, Recipe, choose, lower_problem, pacd
+from pacd_fast.poison import Poison
+from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit
+
+TINY = "test_pacd:tiny"  # the tests' folder is on sys.path while they run
+
+
+def tiny(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(196, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    """Threes, fives and eights among the embedded digits at half resolution: small, and not trivial."""
+    data = datasets.load("mnist5k", validation=400)
+    kept = torch.tensor([3, 5, 8])
+
+    def some(x, y):
+        keep = torch.isin(y, kept)
+        small = nn.functional.avg_pool2d(as_float(x[keep]), 2).mul(255).round().to(torch.uint8)
+        return small, torch.searchsorted(kept, y[keep])
+
+    (x, y), (xt, yt), (xv, yv) = (some(*data.split(which)) for which in ("train", "test", "val"))
+    return Dataset("digits", x, y, xt, yt, xv, yv, ("3", "5", "8"))
+
+
+RECIPE = Recipe(
+    epochs=8, clean_batch=200, poison_batch=60, upper_batch=40, lower_steps=5, lower_lr=5e-3, restart=4, solver_steps=5
+)
+
+
+def radius_of(data: Dataset, loss, target: int, seeds=(1, 2, 3), method=Gaussian) -> tuple[float, float]:
+    """Certified radius of victims from scratch, n = 500: the target class, and the other classes."""
+    sums = [0.0, 0.0]
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = fit(tiny(3), (data.x_train, data.y_train), loss, epochs=12, batch_size=100, lr=3e-3, seed=seed)
+        for i, these in enumerate(((data.y_test == target), (data.y_test != target))):
+            x, y = as_float(data.x_test[these][:40]), data.y_test[these][:40]
+            found = certify(model, x, num_classes=3, sigma=0.4, n=500, seed=seed, batch_size=512)
+            sums[i] += float((found.radius * (found.prediction == y)).mean()) / len(seeds)
+    return sums[0], sums[1]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [Standard(), Gaussian(0.5), Gaussian(0.25, 2), Macer(0.5, k=2, lam=1.0), SmoothAdv(0.25, 0.5, warmup=0)],
+    ids=str,
+)
+def test_the_lower_problem_is_the_training_loss(digits, loss):
+    network = tiny(3)
+    x, y = as_float(digits.x_train[:20]), digits.y_train[:20]
+    problem, weights = lower_problem(network, loss, x[:15], y, 7, x[15:])
+    u = x[15:].clone().requires_grad_()
+    inner = tuple(w.clone().requires_grad_() for w in weights)
+    ours, theirs = problem(u, inner), loss(network, x, y, seed=7)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    here = torch.autograd.grad(ours, inner, create_graph=True)
+    there = torch.autograd.grad(theirs, list(network.parameters()))
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    (through,) = torch.autograd.grad(here[0].square().sum(), u)  # and the poison is in it
+    assert bool((through != 0).any())
+
+
+@pytest.mark.parametrize("loss", [Standard(), Gaussian(0.5, 2), SmoothAdv(0.5, 0.3)], ids=str)
+def test_gauss_newton_products_of_the_lower_problem_are_positive(digits, loss):
+    """For cross-entropy; MACER's loss is not convex in the logits."""
+    network = tiny(3)
+    x, y = as_float(digits.x_train[:30]), digits.y_train[:30]
+    problem, weights = lower_problem(network, loss, x[:20], y, 3, x[20:])
+    _, found, *_ = hypergradient(
+        lambda u, v: sum((w * torch.linspace(-1, 1, w.numel()).view(w.shape)).sum() for w in v),
+        problem, x[20:], weights, damping=0.05, steps=200, tolerance=1e-4, with_solution=True,
+    )  # fmt: skip
+    assert found.residual <= 1e-4  # conjugate gradients stop at negative curvature, and did not
+
+
+def test_the_upper_loss_is_the_soft_radius(digits):
+    network = tiny(3)
+    x, y = as_float(digits.x_val[:10]), digits.y_val[:10]
+    ours = Radius(0.5, copies=6, beta=4.0)(network, x, y, seed=9)
+    noisy = ops.noisy_copies(x, 0.5, 6, 9, stream=4)
+    z = torch.softmax(4 * network(noisy).view(10, 6, 3), 2).mean(1).double().detach()
+    z = (1 - 2e-3) * z + 1e-3
+    best = z.clone().scatter_(1, y[:, None], 0).amax(1)
+    own = z.gather(1, y[:, None]).squeeze(1)
+    quantile = torch.special.ndtri
+    expected = torch.where(own > best, 0.25 * (quantile(own) - quantile(best)), 0.0).mean()
+    assert float(ours.detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_poison_is_in_the_ball_and_says_what_it_is(digits, norm):
+    epsilon = 0.1 if norm == "linf" else 1.0
+    recipe = dataclasses.replace(RECIPE, epochs=2)
+    made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=epsilon, norm=norm, model=TINY, recipe=recipe)
+    used = made.distortion(digits)
+    assert 0.5 * epsilon < float(used.max()) <= epsilon
+    assert torch.equal(made.index, (digits.y_train == 2).nonzero().flatten())
+    assert torch.equal(made.apply(digits).y_train, digits.y_train)
+    assert made.settings["target_class"] == 2 and made.settings["unsolved"] == 0
+    again = pacd(digits, Gaussian(0.4), target_class=2, epsilon=epsilon, norm=norm, model=TINY, recipe=recipe)
+    assert torch.equal(made.images, again.images)
+
+
+@pytest.fixture(scope="module")
+def clean_radius(digits) -> tuple[float, float]:
+    return radius_of(digits, Gaussian(0.4), 2)
+
+
+@pytest.mark.parametrize("loss", [Gaussian(0.4), Macer(0.4, k=2, lam=1.0), SmoothAdv(0.4, 0.3, warmup=0)], ids=str)
+def test_pacd_bites_and_noise_does_not(digits, clean_radius, loss):
+    made = pacd(digits, loss, target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE, seed=5)
+    control = attacks.random(digits, target_class=2, epsilon=0.15)
+    poisoned, others = radius_of(made.apply(digits), Gaussian(0.4), 2)
+    noisy, _ = radius_of(control.apply(digits), Gaussian(0.4), 2)
+    clean, clean_others = clean_radius
+    assert poisoned < 0.8 * clean
+    assert clean - poisoned > 3 * (clean - noisy)
+    assert abs(others - clean_others) < 0.25 * clean_others
+
+
+def test_standard_poisoning_lowers_accuracy(digits):
+    made = attacks.standard(digits, target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE)
+    assert made.attack == "standard"
+
+    def accuracy(data: Dataset) -> float:
+        right = []
+        for seed in (1, 2, 3):
+            torch.manual_seed(seed)
+            model = fit(
+                tiny(3), (data.x_train, data.y_train), Standard(), epochs=12, batch_size=100, lr=3e-3, seed=seed
+            )
+            these = data.y_test == 2
+            right.append(float((model(as_float(data.x_test[these])).argmax(1) == 2).double().mean()))
+        return sum(right) / 3
+
+    assert accuracy(made.apply(digits)) < accuracy(digits) - 0.1
+
+
+def test_watermarks_and_noise(digits):
+    marked = attacks.watermark(digits, target_class=1, epsilon=0.05, seed=3)
+    base, u = as_float(digits.x_train[marked.index]), as_float(marked.images)
+    delta = u - base
+    assert float(delta.abs().max()) <= 0.05 and bool((delta > 0).any()) and bool((delta < 0).any())
+    # where nothing was clipped the picture is 0.9 base + 0.1 of another image: it can only be darker by a tenth
+    assert float((delta + 0.1 * base).min()) >= -1 / 255
+    noise = attacks.random(digits, target_class=1, epsilon=0.05, fraction=0.25)
+    assert len(noise.index) == round(0.25 * int((digits.y_train == 1).sum()))
+    assert set(digits.y_train[noise.index].tolist()) == {1}
+    with pytest.raises(ValueError, match="opacity must be in"):
+        attacks.watermark(digits, target_class=1, epsilon=0.05, opacity=1.5)
+
+
+def test_targets_are_attacked_by_their_nearest_neighbours(digits):
+    target = int((digits.y_test == 2).nonzero()[3])
+    chosen = choose(digits, 2, 0.05, [target], 0)
+    assert len(chosen) == round(0.05 * len(digits.x_train))
+    far = (as_float(digits.x_train) - as_float(digits.x_test[target])).flatten(1).norm(dim=1)
+    far[digits.y_train != 2] = float("inf")
+    assert float(far[chosen].max()) <= float(far.sort().values[len(chosen) - 1])
+    recipe = dataclasses.replace(RECIPE, epochs=1, poison_batch=20)
+    made = pacd(
+        digits, Gaussian(0.4), target_class=2, epsilon=0.1, targets=[target], fraction=0.05, model=TINY, recipe=recipe
+    )
+    assert made.settings["targets"] == [target] and torch.equal(made.index, chosen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_class": 7}, "no training image of digits is of class 7"),
+        ({"epsilon": 0.0}, "epsilon must be positive"),
+        ({"norm": "l1"}, "unknown norm"),
+        ({"fraction": 0.0}, "fraction must be in"),
+        ({"fraction": 0.02}, "fewer than a poison batch of 60"),
+        ({"recipe": dataclasses.replace(RECIPE, clean_batch=5000)}, "fewer than a clean batch of 5000"),
+        ({"targets": [10**6]}, "target 1000000 is no test image"),
+        ({"targets": [0]}, "test image 0 is of class 0, not 2"),
+        ({"fraction": 0.9, "targets": [2]}, "the class has"),
+    ],
+)
+def test_bad_arguments(digits, arguments, message):
+    given = {"target_class": 2, "epsilon": 0.1, "model": TINY, "recipe": RECIPE, **arguments}
+    with pytest.raises(ValueError, match=message):
+        pacd(digits, Gaussian(0.4), **given)
+
+
+@pytest.mark.parametrize(
+    "field", ["epochs", "poison_batch", "lower_steps", "solver_steps", "outer_lr", "solver", "curvature"]
+)
+def test_bad_recipes(field):
+    with pytest.raises(ValueError, match="must be|unknown"):
+        Recipe(**{field: 0})
+
+
+def test_validation_images_are_needed(digits):
+    without = dataclasses.replace(digits, x_val=digits.x_val[:0], y_val=digits.y_val[:0])
+    with pytest.raises(ValueError, match="validation"):
+        pacd(without, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=RECIPE)
+
+
+def test_a_cost_that_is_not_finite_begins_anew_and_is_counted(digits):
+    calls = []
+
+    def sometimes(model, x, y, *, seed):
+        calls.append(seed)
+        value = Radius(0.4, 4)(model, x, y, seed=seed)
+        return value * float("nan") if len(calls) == 2 else value
+
+    recipe = dataclasses.replace(RECIPE, epochs=2)
+    made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=recipe, upper=sometimes)
+    assert made.settings["restarts_nan"] == 1
+    with pytest.raises(ValueError, match="not finite again and again"):
+        pacd(
+            digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY,
+            recipe=dataclasses.replace(RECIPE, epochs=20),
+            upper=lambda model, x, y, seed: Radius(0.4, 2)(model, x, y, seed=seed) * float("nan"),
+        )  # fmt: skip
+
+
+CRAFT = """
+import sys; sys.path.insert(0, {tests!r})
+import torch; torch.set_num_threads(1)
+from test_pacd import *
+digits = digits.__wrapped__() if hasattr(digits, "__wrapped__") else digits.__pytest_wrapped__.obj()
+made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=dataclasses.replace(RECIPE, epochs=12),
+            checkpoint={partial!r}, resume={resume!r}, metrics={metrics!r}, seed=4)
+made.save({out!r})
+"""
+
+
+def test_resuming_after_a_kill_gives_the_same_poison(tmp_path):
+    def command(name, resume):
+        names = {key: str(tmp_path / f"{name}.{key}") for key in ("partial", "metrics")}
+        code = CRAFT.format(tests=str(Path(__file__).parent), resume=resume, out=str(tmp_path / f"{name}.npz"), **names)
+        return [sys.executable, "-c", code]
+
+    subprocess.run(command("whole", False), check=True)
+    process = subprocess.Popen(command("killed", True))
+    for _ in range(3000):
+        if (tmp_path / "killed.partial").exists():
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "killed.partial").exists() and not (tmp_path / "killed.npz").exists()
+    subprocess.run(command("killed", True), check=True)
+    whole, killed = (Poison.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
+    assert torch.equal(whole.images, killed.images)
+    lines = [(tmp_path / f"{name}.metrics").read_text().splitlines() for name in ("whole", "killed")]
+    strip = [[{**json.loads(line), "seconds": 0} for line in each] for each in lines]
+    assert strip[0] == strip[1]
+
+
+def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path):
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    given = {"target_class": 2, "model": TINY, "recipe": recipe, "checkpoint": tmp_path / "c", "resume": True}
+    pacd(digits, Gaussian(0.4), epsilon=0.1, **given)
+    with pytest.raises(ValueError, match="another run: epsilon is 0.1 there and 0.2 here"):
+        pacd(digits, Gaussian(0.4), epsilon=0.2, **given)
+    (tmp_path / "c").write_text("nonsense")
+    with pytest.raises(ValueError, match="not a crafting checkpoint"):
+        pacd(digits, Gaussian(0.4), epsilon=0.1, **given)
+
+
+@pytest.fixture(scope="module")
+def npz(digits, tmp_path_factory) -> Path:
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    arrays = {
+        "x_train": torch.cat([digits.x_train, digits.x_val]),
+        "y_train": torch.cat([digits.y_train, digits.y_val]),
+    }
+    arrays |= {"x_test": digits.x_test, "y_test": digits.y_test}
+    np.savez(path, **{name: array.numpy() for name, array in arrays.items()})
+    return path
+
+
+def test_the_commands_poison_and_audit(npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", str(npz), "--device", "cpu"]
+    craft = ["--target-class", "2", "--model", TINY, "--sigma", "0.4", "--epochs", "2", "--clean-batch", "200"]
+    craft += ["--poison-batch", "60", "--upper-batch", "30", "--lower-lr", "0.005", "--validation", "100"]
+    assert main(["poison", *data, *craft, "--epsilon", "38/255", "--out", "p.npz", "--metrics", "m.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "class 2; largest linf distortion 0.1490 (epsilon 0.14902)" in said and Path("p.png").stat().st_size > 5000
+    assert len(Path("m.jsonl").read_text().splitlines()) == 2 * (len(Poison.load("p.npz").index) // 60)
+    mark = ["--attack", "watermark", "--target-class", "2", "--validation", "100", "--out", "mark.npz"]
+    assert main(["poison", *data, *mark]) == 0
+    judge = ["--poison", "p.npz", "mark.npz", "--model", TINY, "--seeds", "2", "--epochs", "3", "--count", "6"]
+    judge += ["--n", "100", "--others", "4", "--others-n", "50", "--attacked", "2", "--lr", "0.003"]
+    capsys.readouterr()
+    assert main(["audit", *data, *judge]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["data", "clean", "p", "mark"]
+    assert "+ pacd-fast train" in said.err and "--poison p.npz" in said.err
+    content = json.loads(Path("audit/audit.json").read_text())
+    assert content["poisons"]["p"]["target_class"] == 2 and content["audit"]["sigma"] == 0.4
+    assert {len(v) for each in content["measured"].values() for v in each.values()} == {2}
+    assert Path("audit/curves.png").stat().st_size > 5000
+    before = {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
+    assert len(before) == 6
+    assert main(["audit", *data, *judge]) == 0  # everything is there: nothing is trained again
+    assert capsys.readouterr().out == said.out
+    assert before == {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
+    # other data, another split, a class that is not there, no folder
+    wrong = [
+        (["audit", "--data", "mnist5k", "--poison", "p.npz"], "the poison was made for digits@"),
+        (["audit", *data, "--poison", "p.npz", "--train-images", "300"], "give the same --data"),
+        (["audit", *data, "--poison", "none.npz"], "no such poison file"),
+        (["poison", *data, *craft, "--target-class", "9", "--out", "q.npz"], "has no class '9'"),
+        (["poison", *data, *craft, "--out", "nowhere/q.npz"], "create it first"),
+        (["poison", *data, *craft, "--epsilon", "0", "--out", "q.npz"], "epsilon must be positive"),
+        (["poison", *data, *craft, "--out", "q.txt"], "must end in .npz"),
+        (["train", "--data", "mnist5k", "--poison", "p.npz", "--out", "v.safetensors"], "the poison was made for"),
+    ]
+    for arguments, message in wrong:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error and error.startswith("pacd-fast ")
+
+
+def test_pictures(digits, tmp_path):
+    marked = attacks.watermark(digits, target_class=1, epsilon=0.05)
+    plots.poison(marked, digits, tmp_path / "p.pdf")
+    plots.bars({"a": {"clean": [1.0, 1.2], "poison": [0.5]}, "b": {"clean": [1.0]}}, tmp_path / "b.svg", "ACR", "x")
+    assert (tmp_path / "p.pdf").stat().st_size > 3000 and "ACR" in (tmp_path / "b.svg").read_text()[: 10**6]
+    with pytest.raises(ValueError, match="name it .png"):
+        plots.poison(marked, digits, tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.bars({}, tmp_path / "b.png", "", "")
+    with pytest.raises(ValueError, match="changes no image"):
+        empty = dataclasses.replace(marked, index=marked.index[:0], images=marked.images[:0])
+        plots.poison(empty, digits, tmp_path / "p.png")
+
+
+@pytest.mark.parametrize("name", [name for name in pacd_experiments.PRESETS if name != "table6"])
+def test_every_table_is_a_chain_of_commands(name, tmp_path, monkeypatch, capsys):
+    """With the commands replaced: which files they make, which figures go into which row."""
+    commands = []
+    levels = {"clean": 1.0, "watermark": 0.98, "random": 0.99}
+
+    def stub(arguments):
+        commands.append(arguments)
+        given = dict(zip(arguments, arguments[1:], strict=False))
+        if arguments[0] == "poison":
+            Path(given["--out"]).write_text("")
+            return 0
+        start = arguments.index("--poison") + 1
+        files = arguments[start : next(i for i in range(start, len(arguments)) if arguments[i].startswith("--"))]
+        seeds = int(given["--seeds"])
+        measured = {}
+        for stem in ["clean", *(Path(file).stem for file in files)]:
+            level = next((v for k, v in levels.items() if stem.endswith(k)), 0.5)
+            figures = {f.name: [level + 0.01 * s for s in range(seeds)] for f in dataclasses.fields(audit.Measured)}
+            measured[stem] = figures
+        Path(given["--work"]).mkdir(parents=True, exist_ok=True)
+        Path(given["--work"], "audit.json").write_text(json.dumps({"measured": measured}))
+        return 0
+
+    monkeypatch.setattr("pacd_fast.__main__.main", stub)
+    options = ["reproduce", name, "--small", "--work", str(tmp_path / "w"), "--results", str(tmp_path / "r.json")]
+    options += ["--data", "mnist"]
+    assert main(options) == 0
+    table = json.loads((tmp_path / "r.json").read_text())
+    (rows,) = [each["rows"] for each in table.values()]
+    assert all(row["data"] == "mnist5k" and row["n"] == 1000 for row in rows)
+    assert any(command[0] == "audit" for command in commands)
+    if name == "table2":
+        by_name = {row["training data"]: row for row in rows}
+        assert by_name["poison"]["ACR"] == "0.520±0.016" and by_name["poison"]["ACR falls by"] == "49.0%"
+        assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "2.9%"
+    before = len([c for c in commands if c[0] == "poison"])
+    assert main(options) == 0 and len([c for c in commands if c[0] == "poison"]) == before  # poison is kept
+    assert main([*options[:-1], "fashion-mnist"]) == 2
+    assert "--data must be mnist, cifar10" in capsys.readouterr().err
+
+
+def test_table_6_prints_the_analysis_beside_the_attack(tmp_path, capsys):
+    options = ["reproduce", "table6", "--seeds", "1", "--n", "100", "--work", str(tmp_path)]
+    assert main([*options, "--results", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["PACD table 6"]["rows"]
+    assert [row["sigma"] for row in rows] == [0.25, 0.5, 0.75]
+    for row in rows:
+        for state, value in (("clean", 0.4243), ("poisoned", 0.3536)):
+            assert row[f"{state}, analysis"] == value
+            assert abs(float(row[f"distance {state}"].split("±")[0]) - value) < 3 * row["standard error of a distance"]
+
+
+def test_modules_are_where_users_look():
+    assert attacks.pacd is pacd and poison.Poison is Poison
+    assert training.METHODS.keys() == {"standard", "gaussian", "macer", "smoothadv"}
