@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pacd_fast import plots, theory
-from pacd_fast.presets import Main, Preset, add_row, chain, machine
+from pacd_fast.presets import Main, Preset, add_row, chain
 from pacd_fast.results import mean_and_deviation
 
 __all__ = ["PRESETS"]
@@ -170,9 +170,9 @@ class _Bench:
     def row(self, table: str, key: Sequence[str], **row: Any) -> None:
         """Prints a row and puts it into the results file."""
         row = {"data": self.label, "victims": self.scale.seeds, **row}
-        row |= {"epochs": self.scale.epochs, "n": self.scale.n, "images": self.scale.count, "machine": machine()}
+        row |= {"epochs": self.scale.epochs, "n": self.scale.n, "images": self.scale.count}
         add_row(self.options.results, table, ["data", *key], row)
-        print("  ".join(f"{name} {value}" for name, value in row.items() if name not in ("machine",)), flush=True)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
 def _percent(values: Sequence[float]) -> str:

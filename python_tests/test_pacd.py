@@ -246,8 +246,9 @@ import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_pacd import *
 digits = digits.__wrapped__() if hasattr(digits, "__wrapped__") else digits.__pytest_wrapped__.obj()
-made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=dataclasses.replace(RECIPE, epochs=12),
-            checkpoint={partial!r}, resume={resume!r}, metrics={metrics!r}, seed=4)
+made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, seed=4,
+            recipe=dataclasses.replace(RECIPE, epochs=12), checkpoint={partial!r}, resume={resume!r},
+            metrics={metrics!r})
 made.save({out!r})
 """
 
