@@ -12,15 +12,16 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
   const Kernel kernel = shared;  // a copy: what is written cannot alias it
   constexpr int64_t most = 16;   // tiles at a time, so that their numbers stay in the first cache
   alignas(64) float numbers[most * tile_size];
+  const RoundKeys rounds(kernel.seed);
   for (int64_t i = begin; i < end;) {
     const int64_t r = i / tiles, first = i - r * tiles;
     const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
     const typename Kernel::Row row = kernel.row(r);
     for (int64_t tile = first; tile < last; tile += most) {
       const int64_t count = last - tile < most ? last - tile : most;
-      draw_tiles(row.key, tile, static_cast<int>(count), numbers);
-      const int64_t stop = (tile + count) * tile_size;
-      kernel.put_run(row, tile * tile_size, stop < kernel.elements ? stop : kernel.elements, numbers);
+      const int64_t full = (tile + count) * tile_size, stop = full < kernel.elements ? full : kernel.elements;
+      draw_tiles(rounds, row.key, tile, static_cast<int>(count), static_cast<int>(tile_size - (full - stop)), numbers);
+      kernel.put_run(row, tile * tile_size, stop, numbers);
     }
     i += last - first;
   }

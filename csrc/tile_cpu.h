@@ -9,6 +9,17 @@
 
 namespace pacd {
 
+// The two keys of each of Philox's ten rounds, a 64-bit lane each: a function of the seed alone, made once a call.
+struct RoundKeys {
+  int64_t keys[20];
+  explicit RoundKeys(uint64_t seed) {
+    for (int i = 0; i < 20; ++i) {
+      const uint32_t half = static_cast<uint32_t>(i % 2 ? seed >> 32 : seed);
+      keys[i] = static_cast<uint32_t>(half + static_cast<uint32_t>(i / 2) * (i % 2 ? 0xBB67AE85u : 0x9E3779B9u));
+    }
+  }
+};
+
 PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, float* numbers) {
   for (int i = 0; i < count; ++i, numbers += tile_size) {
     for (int lane = 0; lane < tile_lanes; ++lane)
@@ -41,12 +52,9 @@ PACD_V4 inline __attribute__((always_inline)) void philox_eight(__m512i w[4], co
   }
 }
 
-PACD_V4 inline void draw_tiles(const NoiseKey& key, int64_t first, int count, float* numbers) {
-  int64_t keys[20];
-  for (int i = 0; i < 20; ++i) {
-    const uint32_t half = static_cast<uint32_t>(i % 2 ? key.seed >> 32 : key.seed);
-    keys[i] = static_cast<uint32_t>(half + static_cast<uint32_t>(i / 2) * (i % 2 ? 0xBB67AE85u : 0x9E3779B9u));
-  }
+// `wanted`: of the last tile only so many numbers are; where they are the first half, the other is not made.
+PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers) {
+  const int64_t* keys = rounds.keys;
   const uint32_t top = (key.stream << 16) | static_cast<uint32_t>((key.image >> 32) & 0xFFFFu);
   const __m512i sample = _mm512_set1_epi64(key.sample), image = _mm512_set1_epi64(static_cast<uint32_t>(key.image));
   const __m512i stream = _mm512_set1_epi64(top);
@@ -61,16 +69,26 @@ PACD_V4 inline void draw_tiles(const NoiseKey& key, int64_t first, int count, fl
     philox_eight(high, keys);
     alignas(64) uint32_t words[4][tile_lanes];
     for (int w = 0; w < 4; ++w) _mm512_store_si512(words[w], _mm512_permutex2var_epi32(low[w], even, high[w]));
-    for (int lane = 0; lane < tile_lanes; ++lane)
-      four_normals({words[0][lane], words[1][lane], words[2][lane], words[3][lane]}, numbers + lane, tile_lanes);
+    if (i == count - 1 && wanted <= tile_size / 2) {
+      for (int lane = 0; lane < tile_lanes; ++lane) {
+        const NormalPair a = box_muller(words[0][lane], words[1][lane]);
+        numbers[lane] = a.first;
+        numbers[lane + tile_lanes] = a.second;
+      }
+    } else {
+      for (int lane = 0; lane < tile_lanes; ++lane)
+        four_normals({words[0][lane], words[1][lane], words[2][lane], words[3][lane]}, numbers + lane, tile_lanes);
+    }
   }
 }
 
-__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const NoiseKey& key, int64_t first, int count, float* numbers) {
+__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int,
+                                                                 float* numbers) {
   portable_tiles(key, first, count, numbers);
 }
 
-__attribute__((target("default"))) inline void draw_tiles(const NoiseKey& key, int64_t first, int count, float* numbers) {
+__attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int,
+                                                          float* numbers) {
   portable_tiles(key, first, count, numbers);
 }
 
@@ -78,6 +96,6 @@ __attribute__((target("default"))) inline void draw_tiles(const NoiseKey& key, i
 #pragma GCC diagnostic pop
 #else
 namespace pacd {
-inline void draw_tiles(const NoiseKey& key, int64_t first, int count, float* numbers) { portable_tiles(key, first, count, numbers); }
+inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int, float* numbers) { portable_tiles(key, first, count, numbers); }
 }  // namespace pacd
 #endif
