@@ -119,10 +119,11 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
 def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, shared: dict[str, Any]) -> Poison:
     """PACD, and standard poisoning."""
     preset = PRESETS[preset_of(options)]
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    recipe = dataclasses.replace(
-        preset.recipe, **{name: getattr(options, name) for name in fields if getattr(options, name) is not None}
-    )
+    asked = {field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)}
+    recipe = preset.recipe
+    if options.attack == "pacd" and options.loss == "smoothadv":  # as the authors do it: fewer lower steps, more epochs
+        recipe = dataclasses.replace(recipe, lower_steps=1, epochs=2 * recipe.epochs, restart=2 * recipe.restart)
+    recipe = dataclasses.replace(recipe, **{name: value for name, value in asked.items() if value is not None})
     method = "standard" if options.attack == "standard" else options.loss
     flags = {name: name if name == "sigma" else f"loss_{name}" for name in victims.hyperparameters()}
     given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
