@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BUILT_IN = ("mnist-cnn", "resnet20", "resnet56", "resnet110")
+BUILT_IN = ("mnist-cnn", "convnet", "resnet20", "resnet56", "resnet110")
 
 # The constants that locuslab/smoothing normalises CIFAR-10 with; its checkpoints do not store them.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -106,6 +106,34 @@ class MnistCNN(nn.Module):
         x = F.relu(_max_pool(self.conv2(x)))
         x = self.dropout(x).flatten(1)
         logits: Tensor = self.fc2(F.relu(self.fc1(x)))
+        return logits
+
+
+class ConvNet(nn.Module):
+    """Five 3x3 convolutions, as small as attacks that train many networks on a CPU want it; no batch norm.
+
+    Filters: width, 2 width, 2 width, 4 width, 4 width, all padded by 1, each with ReLU; 2x2 max-pooling after the
+    first, the third and the fifth; a linear layer gives the logits.
+
+    x: floating [B, in_channels, *image_size] in [0, 1]; the result: logits [B, num_classes].
+    Raises ValueError for images smaller than 8 x 8, of which nothing is left after the three poolings.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, image_size: tuple[int, int], width: int = 8) -> None:
+        super().__init__()
+        height, width_left = (size // 8 for size in image_size)
+        if height < 1 or width_left < 1:
+            raise ValueError(f"convnet needs images of at least 8x8, got {image_size[0]}x{image_size[1]}")
+        filters = [in_channels, width, 2 * width, 2 * width, 4 * width, 4 * width]
+        pairs = zip(filters, filters[1:], strict=False)
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
+        self.fc = nn.Linear(4 * width * height * width_left, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, convolution in enumerate(self.convolutions):
+            x = convolution(x)
+            x = F.relu(F.max_pool2d(x, 2) if i in (0, 2, 4) else x)  # pooled first, as above
+        logits: Tensor = self.fc(x.flatten(1))
         return logits
 
 
@@ -216,6 +244,8 @@ def build(
         raise ValueError(f"{name} needs the number of channels and the size of the images (in_channels, image_size)")
     elif name == "mnist-cnn":
         network = MnistCNN(num_classes, in_channels, image_size)
+    elif name == "convnet":
+        network = ConvNet(num_classes, in_channels, image_size)
     else:
         network = ResNet(int(name.removeprefix("resnet")), num_classes, in_channels)
     return _behind_normalize(network, in_channels, mean, std)

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from pacd_fast.losses import (
     positive,
 )
 
-__all__ = ["METHODS", "STREAM", "Gaussian", "Loss", "Macer", "SmoothAdv", "Standard", "fit", "mix"]
+__all__ = ["METHODS", "OPTIMIZERS", "STREAM", "Gaussian", "Loss", "Macer", "SmoothAdv", "Standard", "fit", "mix"]
+
+OPTIMIZERS = ("adam", "momentum", "sgd")
 
 
 def mix(*numbers: int) -> int:
@@ -68,6 +71,8 @@ def fit(
     batch_size: int = 200,
     lr: float = 1e-3,
     weight_decay: float = 0.0,
+    optimizer: str = "adam",
+    drops: Sequence[int] = (),
     augment: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -76,15 +81,18 @@ def fit(
     resume: bool = False,
     metrics: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    after_epoch: Callable[[int, nn.Module], object] | None = None,
 ) -> nn.Module:
-    """Trains the model in place with Adam and returns it, in eval mode.
+    """Trains the model in place and returns it, in eval mode.
 
     Args:
         model: on the device to train on; its 4-d weights go to channels_last there.
         data: a Dataset (its training split) or (images [N, C, H, W] uint8 or float in [0, 1], int64 labels [N]).
         loss: see `Loss`.
-        epochs, batch_size, lr, weight_decay: as usual (the papers: 100, 200, 1e-3, 0; the decay is Adam's l2 term); a
-            last batch of fewer than batch_size images is used as it is.
+        epochs, batch_size, lr, weight_decay: as usual (the papers: 100, 200, 1e-3, 0; the decay is the optimiser's l2
+            term); a last batch of fewer than batch_size images is used as it is.
+        optimizer: adam, momentum (SGD with momentum 0.9) or sgd.
+        drops: epochs, counted from 0, from which on the rate is a tenth of what it was.
         augment: random flip and pad-4 crop.
         seed: of the order, the augmentation and the noise: the same seed is the same run on one device.
         dtype: torch.bfloat16 runs the network under autocast; weights, optimiser and losses stay float32.
@@ -93,6 +101,7 @@ def fit(
         checkpoint: a file that is rewritten after every epoch; with resume, training goes on from it.
         metrics: a file of JSON lines, one per epoch: epoch, loss, accuracy (under the loss's own noise), seconds.
         progress: show a bar with loss, accuracy and time left.
+        after_epoch: called with the epoch, from 0, and the model, which is in training mode.
 
     On the CPU the C library is told to keep freed memory (see `_C.keep_freed_memory`): without it, fresh pages for
     every step's activations cost up to a third of the time.
@@ -108,14 +117,14 @@ def fit(
         _C.keep_freed_memory()
     _check_classes(model, images, labels, device)
     model.to(memory_format=torch.channels_last)
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
+    method = _optimizer(optimizer, model, lr, weight_decay)
     described = {
         "loss": f"{type(loss).__name__}({_fields(loss)})", "data": _digest(images, labels), "images": len(images),
-        "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "augment": augment, "seed": seed,
+        "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "optimizer": optimizer,
+        "drops": list(drops), "augment": augment, "seed": seed,
         "dtype": str(dtype), "microbatch": microbatch, "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
-    first = _resumed(Path(checkpoint), model, optimizer, described) if checkpoint is not None and resume else 0
+    first = _resumed(Path(checkpoint), model, method, described) if checkpoint is not None and resume else 0
     if metrics is not None:
         _keep_lines(Path(metrics), first)
     images, labels = images.to(device), labels.to(device)
@@ -127,6 +136,8 @@ def fit(
     try:
         for epoch in range(first, epochs):
             model.train()
+            for group in method.param_groups:
+                group["lr"] = lr * 0.1 ** sum(epoch >= drop for drop in drops)
             started, total, right, voted = time.perf_counter(), torch.zeros((), device=device), 0, 0
             generator = torch.Generator().manual_seed(mix(seed, epoch))
             order = torch.randperm(len(images), generator=generator).to(device)
@@ -134,7 +145,7 @@ def fit(
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(mix(seed, epoch, 1))  # for dropout and the like
                 for step, index in enumerate(order.split(batch_size)):
-                    optimizer.zero_grad(set_to_none=True)
+                    method.zero_grad(set_to_none=True)
                     mean = torch.zeros((), device=device)
                     for part, chosen in enumerate(index.split(microbatch or batch_size)):
                         x, y = as_float(images[chosen]), labels[chosen]
@@ -154,7 +165,7 @@ def fit(
                         if seen and seen[-1].dim() == 2 and len(seen[-1]) % len(y) == 0:
                             votes = seen[-1].detach().argmax(1).view(len(y), -1)
                             right, voted = right + int((votes == y.unsqueeze(1)).sum()), voted + votes.numel()
-                    optimizer.step()
+                    method.step()
                     total += mean * len(index)
                     bar.update()
                     if step % 20 == 0:
@@ -172,11 +183,23 @@ def fit(
                 with open(metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             if checkpoint is not None:
-                _save(Path(checkpoint), model, optimizer, epoch + 1, described)
+                _save(Path(checkpoint), model, method, epoch + 1, described)
+            if after_epoch is not None:
+                after_epoch(epoch, model)
     finally:
         bar.close()
         hook.remove()
     return model.eval()
+
+
+def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: give {', '.join(OPTIMIZERS)}")
+    momentum = 0.9 if name == "momentum" else 0.0
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from pacd_fast.losses import at_least, not_negative, positive
 
 __all__ = ["Tensors", "Unrolled", "unrolled"]
 
-Tensors = Tensor | tuple[Tensor, ...]
+Tensors: TypeAlias = Tensor | tuple[Tensor, ...]
 """One tensor or several; a function of Tensors is called with what was given."""
 
-Function = Callable[..., Tensor]
+Function: TypeAlias = Callable[..., Tensor]
 """(outer, inner) -> scalar; a pure function, because it may be evaluated twice: draw random numbers by a fixed seed."""
 
 

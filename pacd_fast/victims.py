@@ -14,7 +14,7 @@ from pacd_fast import models, training
 from pacd_fast.datasets import Dataset
 from pacd_fast.losses import METHODS, Loss
 
-__all__ = ["hyperparameters", "loss_of", "numbered", "train"]
+__all__ = ["hyperparameters", "loss_of", "network_for", "numbered", "train"]
 
 
 def hyperparameters() -> dict[str, tuple[type, str]]:
@@ -57,6 +57,19 @@ def numbered(path: str | Path, seed: int) -> Path:
     """The file of one of several seeds: model.safetensors -> model-3.safetensors."""
     path = Path(path)
     return path.with_name(f"{path.stem}-{seed}{path.suffix}")
+
+
+def network_for(model: str, data: Dataset) -> nn.Module:
+    """A network as `models.build` makes it, for these images; behind CIFAR-10's normalisation where they are those."""
+    mean, std = (models.CIFAR10_MEAN, models.CIFAR10_STD) if data.name == "cifar10" else (None, None)
+    return models.build(
+        model,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        mean=mean,
+        std=std,
+    )
 
 
 def train(
@@ -130,15 +143,7 @@ def train(
                 )
         return done.model.to(device)
     torch.manual_seed(seed)
-    mean, std = (models.CIFAR10_MEAN, models.CIFAR10_STD) if cifar else (None, None)
-    network = models.build(
-        model,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        image_size=data.image_size,
-        mean=mean,
-        std=std,
-    ).to(device)
+    network = network_for(model, data).to(device)
     partial = out.with_name(out.name + ".partial")
     training.fit(
         network,
