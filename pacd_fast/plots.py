@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from pacd_fast.results import Results, Run, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from pacd_fast.datasets import Dataset
     from pacd_fast.poison import Poison
@@ -278,3 +280,78 @@ def _curve(result: Results) -> tuple[np.ndarray, np.ndarray]:
 def _largest_radius(run: Run) -> float:
     """sigma * Phi^-1(alpha^(1/n)), or 0 where n is too small to certify anything; to plotting accuracy only."""
     return max(0.0, run.sigma * NormalDist().inv_cdf(run.alpha ** (1 / run.n)))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: a title, the axes' labels, and lines by name, each (x, y)."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def panels(given: Sequence[Panel], out_path: str | os.PathLike[str], columns: int = 3) -> None:
+    """Draw panels side by side, `columns` a row, with points where the numbers are; one name has one colour throughout.
+
+    Raises ValueError for nothing to draw or an unknown ending, FileNotFoundError where the folder does not exist.
+    """
+    if not given:
+        raise ValueError("no panels to draw")
+    width = min(columns, len(given))
+    height = -(-len(given) // width)
+    figure = _figure(out_path, (3.1 * width, 2.5 * height))
+    names = list(dict.fromkeys(name for panel in given for name in panel.lines))
+    for axes, panel in zip(figure.subplots(height, width, squeeze=False).flat, given, strict=False):
+        for name, (x, y) in panel.lines.items():
+            i = names.index(name)
+            colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
+            axes.plot(x, y, dash, color=colour, marker=".", markersize=4, linewidth=1.2, label=name)
+        axes.set_title(panel.title, fontsize=9)
+        axes.set_xlabel(panel.x_label, fontsize=8)
+        axes.set_ylabel(panel.y_label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=6, frameon=True, framealpha=0.9, edgecolor="none")
+    figure.savefig(out_path, dpi=200)
+
+
+def poison_images(poison: Poison, data: Dataset, out_path: str | os.PathLike[str], count: int = 8) -> None:
+    """Draw the targets, then poisons, the images they replace and the difference, spread over the range (MetaPoison,
+    figure 2): `count` columns, evenly spaced among the poisons.
+
+    Raises as `panels` does; poison without targets has no first row.
+    """
+    targets = poison.settings.get("target_index", [])
+    rows = 3 + bool(targets)
+    figure = _figure(out_path, (0.8 * count, 0.85 * rows))
+    axes = figure.subplots(rows, count, squeeze=False)
+    for each in axes.flat:
+        each.axis("off")
+    chosen = np.linspace(0, len(poison.index) - 1, min(count, len(poison.index))).astype(int)
+    base, images = as_float(data.x_train[poison.index[chosen]]), as_float(poison.images[chosen])
+    difference = 0.5 + (images - base) / (2 * poison.ball.epsilon)
+    shown = [("target", as_float(data.x_test[targets[:count]]))] if targets else []
+    shown += [("poison", images), ("original", base), ("difference", difference.clamp(0, 1))]
+    for row, (name, pictures) in zip(axes, shown, strict=True):
+        row[0].set_title(name, fontsize=7, loc="left")
+        for each, picture in zip(row, pictures, strict=False):
+            pixels = picture.permute(1, 2, 0).numpy()
+            each.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=1)
+    figure.savefig(out_path, dpi=200)
+
+
+def _figure(out_path: str | os.PathLike[str], size: tuple[float, float]) -> Figure:
+    """An empty figure that can be written to out_path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out_path = Path(out_path)
+    if not out_path.parent.is_dir():
+        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    figure = Figure(figsize=size, layout="constrained")
+    if out_path.suffix[1:].lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    return figure

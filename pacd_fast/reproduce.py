@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
-from pacd_fast import flip_experiments, pacd_experiments, results, victims
+from pacd_fast import flip_experiments, metapoison_experiments, pacd_experiments, results, victims
 from pacd_fast.losses import METHODS
 from pacd_fast.presets import Main, Preset, add_row, chain, machine
 from pacd_fast.results import mean_and_deviation
@@ -154,9 +154,23 @@ def _flips(name: str, experiment: flip_experiments.Experiment) -> Preset:
     return Preset(f"label-flip certificates: {experiment.title}", add_arguments, run_flips)
 
 
+def _metapoison(name: str, experiment: metapoison_experiments.Experiment) -> Preset:
+    """A figure of MetaPoison (Huang et al. 2020): a table and a picture."""
+
+    def run_metapoison(options: argparse.Namespace, main: Main) -> int:
+        report = metapoison_experiments.run(name, options)
+        for row in report.rows:
+            add_row(options.results, report.table, report.key, row, options.device)
+        print(report.text)
+        return 0
+
+    return Preset(f"MetaPoison: {experiment.title}", metapoison_experiments.add_arguments, run_metapoison)
+
+
 PRESETS = {
     "clean-mnist": _clean("mnist", 8, "MNIST", _CLEAN_MNIST),
     "clean-cifar10": _clean("cifar10", 8, "CIFAR-10", _CLEAN_CIFAR10),
     **pacd_experiments.PRESETS,
     **{name: _flips(name, experiment) for name, experiment in flip_experiments.EXPERIMENTS.items()},
+    **{name: _metapoison(name, experiment) for name, experiment in metapoison_experiments.EXPERIMENTS.items()},
 }

@@ -119,7 +119,7 @@ def fit(
     model.to(memory_format=torch.channels_last)
     method = _optimizer(optimizer, model, lr, weight_decay)
     described = {
-        "loss": f"{type(loss).__name__}({_fields(loss)})", "data": _digest(images, labels), "images": len(images),
+        "loss": f"{type(loss).__name__}({_fields(loss)})", "data": digest(images, labels), "images": len(images),
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "optimizer": optimizer,
         "drops": list(drops), "augment": augment, "seed": seed,
         "dtype": str(dtype), "microbatch": microbatch, "parameters": sum(p.numel() for p in model.parameters()),
@@ -239,12 +239,13 @@ def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, device: tor
         raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, and are in [{low}, {high}]")
 
 
-def _digest(images: Tensor, labels: Tensor) -> str:
-    digest = hashlib.sha256()
+def digest(images: Tensor, labels: Tensor) -> str:
+    """The first 12 hex digits of SHA-256 over dtype, shape and content of images and labels."""
+    found = hashlib.sha256()
     for part in (images, labels):
-        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
+        found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
 
 
 def _keep_lines(path: Path, epochs: int) -> None:

@@ -1,0 +1,343 @@
+"""What targeted poison does to victims: networks from scratch on the data with and without it, and their errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pacd_fast import models, ops, training, victims
+from pacd_fast.datasets import Dataset, as_float
+from pacd_fast.losses import Standard, eval_mode, layout
+from pacd_fast.metapoison import margin
+from pacd_fast.poison import Poison
+from pacd_fast.results import mean_and_deviation
+
+__all__ = ["COMPANIONS", "Recipe", "Victim", "add_arguments", "audit", "judge", "noise", "run", "summary", "table"]
+__all__ += ["watermark"]
+
+COMPANIONS = ("clean", "noise", "watermark")
+"""What poison is compared with: no poison, random noise and a watermark on the same images in the same ball."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How victims are trained; by default the paper's baseline (section 3.5): no augmentation and no decay.
+
+    drops: shares of the epochs after which the rate falls to a tenth; the rest: see `training.fit`.
+    """
+
+    model: str = "resnet20"
+    epochs: int = 100
+    batch_size: int = 125
+    lr: float = 0.1
+    optimizer: str = "momentum"
+    weight_decay: float = 0.0
+    augment: bool = False
+    drops: tuple[float, ...] = (0.4, 0.6, 0.8)
+
+    @classmethod
+    def of(cls, poison: Poison, **changes: Any) -> Recipe:
+        """That of the surrogates the poison was crafted with, and changes to it; None changes nothing."""
+        known = {
+            field.name: poison.settings[field.name]
+            for field in dataclasses.fields(cls)
+            if field.name in poison.settings
+        }
+        known["drops"] = tuple(known.get("drops", cls.drops))
+        if poison.settings.get("momentum") == 0:
+            known["optimizer"] = "sgd"
+        return cls(**known | {name: value for name, value in changes.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Victim:
+    """One trained victim: its seed; for every target the class it predicts, the Carlini-Wagner margin (negative where
+    the attack succeeds) and the cross-entropy to the adversarial class; its accuracy on the test images.
+
+    curve: the same at the end of every epoch, where asked for, as lists of these numbers' means by name; accuracy there
+    on the first 1 000 test images.
+    """
+
+    seed: int
+    predicted: list[int]
+    margin: list[float]
+    loss: list[float]
+    accuracy: float
+    curve: dict[str, list[float]] | None = None
+
+    def successes(self, adversarial_class: int) -> int:
+        return sum(predicted == adversarial_class for predicted in self.predicted)
+
+
+def judge(
+    data: Dataset,
+    target_index: Sequence[int],
+    adversarial_class: int,
+    recipe: Recipe,
+    *,
+    poison: Poison | None = None,
+    count: int = 8,
+    seed: int = 0,
+    curve: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> list[Victim]:
+    """Trains victims with the seeds seed, seed + 1, ... from scratch and asks them for the targets.
+
+    out: a file of JSON lines, one per victim; those that are in it already, trained alike on the same images, are read
+    and not trained again, and beside it lies the last epoch of the one in training.
+
+    Raises ValueError for a poison that is not for these data, a recipe out of range, or a file of another kind.
+    """
+    images, adversarial_class = list(map(int, target_index)), int(adversarial_class)
+    if count < 1:
+        raise ValueError(f"at least one victim is needed, not {count}")
+    poisoned = data if poison is None else poison.apply(data)
+    run = {
+        **dataclasses.asdict(recipe) | {"drops": list(recipe.drops)},
+        "data": f"{data.name}@{data.fingerprint}",
+        "train_images": len(data.x_train),
+        "trained_on": training.digest(poisoned.x_train, poisoned.y_train),
+        "target_index": images,
+        "adversarial_class": adversarial_class,
+    }
+    path = None if out is None else Path(out)
+    known = {} if path is None else _read(path, run)
+    test, labels = as_float(data.x_test).to(device), data.y_test.to(device)
+    targets = test[images]
+    found = []
+    for number in range(seed, seed + count):
+        done = known.get(number)
+        if done is not None and (done.curve is not None or not curve):
+            found.append(done)
+            continue
+        points: list[Victim] = []
+
+        def watch(epoch: int, model: nn.Module, number: int = number, points: list[Victim] = points) -> None:
+            points.append(_asked(model, test[:1000], labels[:1000], targets, adversarial_class, number))
+
+        torch.manual_seed(training.mix(number, 21))
+        model = victims.network_for(recipe.model, data).to(device)
+        partial = None if path is None or curve else path.with_name(f"{path.name}.{number}.partial")
+        training.fit(
+            model,
+            poisoned,
+            Standard(),
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            optimizer=recipe.optimizer,
+            drops=[math.ceil(share * recipe.epochs - 1e-9) for share in recipe.drops],
+            augment=recipe.augment,
+            seed=training.mix(number, 22),
+            checkpoint=partial,
+            resume=partial is not None,
+            progress=progress,
+            after_epoch=watch if curve else None,
+        )
+        victim = _asked(model, test, labels, targets, adversarial_class, number)
+        if curve:
+            means = {
+                "margin": [statistics.fmean(p.margin) for p in points],
+                "loss": [statistics.fmean(p.loss) for p in points],
+                "success": [p.successes(adversarial_class) / len(images) for p in points],
+                "accuracy": [p.accuracy for p in points],
+            }
+            victim = dataclasses.replace(victim, curve=means)
+        found.append(victim)
+        if path is not None:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"run": run, **dataclasses.asdict(victim)}) + "\n")
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+    return found
+
+
+@torch.no_grad()
+def _asked(
+    model: nn.Module, test: Tensor, labels: Tensor, targets: Tensor, adversarial_class: int, seed: int
+) -> Victim:
+    def logits(images: Tensor) -> Tensor:
+        return torch.cat([model(part.contiguous(memory_format=layout(part))) for part in images.split(500)]).float()
+
+    with eval_mode(model):
+        at, all_of_them = logits(targets), logits(test)
+    wanted = torch.full((len(at),), adversarial_class, device=at.device)
+    return Victim(
+        seed=seed,
+        predicted=at.argmax(1).tolist(),
+        margin=margin(at, adversarial_class).tolist(),
+        loss=F.cross_entropy(at, wanted, reduction="none").tolist(),
+        accuracy=float((all_of_them.argmax(1) == labels).double().mean()),
+    )
+
+
+def _read(path: Path, run: dict[str, Any]) -> dict[int, Victim]:
+    """The victims in a file that are of this run; a torn last line is cut off."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    found = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            if values.pop("run") == run:
+                victim = Victim(**values)
+                found[victim.seed] = victim
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not a line about a victim; choose another file") from error
+    return found
+
+
+def noise(poison: Poison, data: Dataset, seed: int = 0) -> Poison:
+    """Uniform noise in the poison's ball on the same images."""
+    base = as_float(data.x_train[poison.index])
+    u = poison.ball.fill(base, torch.Generator().manual_seed(training.mix(seed, 23)))
+    return Poison.craft("random", data, poison.index, u, poison.ball, poison.settings)
+
+
+def watermark(poison: Poison, data: Dataset, opacity: float = 0.1) -> Poison:
+    """The targets laid over the same images with some opacity, in turn, then brought into the poison's ball."""
+    base = as_float(data.x_train[poison.index])
+    targets = as_float(data.x_test[poison.settings["target_index"]])
+    laid = targets[torch.arange(len(base)) % len(targets)]
+    u = poison.ball.project((1 - opacity) * base + opacity * laid, base)
+    return Poison.craft("watermark", data, poison.index, u, poison.ball, poison.settings)
+
+
+def summary(found: Sequence[Victim], adversarial_class: int, level: float = 0.95) -> dict[str, Any]:
+    """Over victims: success rate with its two-sided Clopper-Pearson interval at `level`, and means of the rest.
+
+    Trials are victims times targets.  The interval speaks of further seeds, and for one target alone: several targets
+    in one victim are not independent.
+    """
+    successes = sum(victim.successes(adversarial_class) for victim in found)
+    trials = sum(len(victim.predicted) for victim in found)
+    k, tail = torch.tensor(successes), (1 - level) / 2
+    return {
+        "victims": len(found),
+        "successes": successes,
+        "trials": trials,
+        "success": successes / trials,
+        "low": float(ops.clopper_pearson_lower(k, trials, tail)),
+        "high": float(ops.clopper_pearson_upper(k, trials, tail)),
+        "target loss": statistics.fmean(loss for victim in found for loss in victim.loss),
+        "margin": statistics.fmean(each for victim in found for each in victim.margin),
+        "accuracy": statistics.fmean(victim.accuracy for victim in found),
+        "accuracies": [victim.accuracy for victim in found],
+    }
+
+
+def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Summaries side by side as text, a line a name."""
+    lines = [["trained on", "success", "95 % interval", "target loss", "margin", "test accuracy, %"]]
+    for name, one in summaries.items():
+        lines.append(
+            [
+                name,
+                f"{one['successes']}/{one['trials']}",
+                f"{one['low']:.0%} to {one['high']:.0%}",
+                f"{one['target loss']:.2f}",
+                f"{one['margin']:.2f}",
+                mean_and_deviation([100 * accuracy for accuracy in one["accuracies"]], ".2f"),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in lines
+    )
+
+
+def audit(
+    poison: Poison,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    count: int = 8,
+    seed: int = 0,
+    against: Sequence[str] = COMPANIONS,
+    out: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """The summary of victims on the poison and on what it is compared with, by name; all with the same seeds.
+
+    out: see `judge`.  Raises ValueError for poison without targets, and as `judge` does.
+    """
+    if not {"target_index", "adversarial_class"} <= poison.settings.keys():
+        raise ValueError(f"the poison ({poison.attack}) names no target images: only targeted poison is judged by them")
+    unknown = set(against) - set(COMPANIONS)
+    if unknown:
+        raise ValueError(f"unknown comparison {sorted(unknown)[0]!r}: give {', '.join(COMPANIONS)}")
+    images: dict[str, Poison | None] = {poison.attack: poison}
+    if "clean" in against:
+        images = {"clean": None, **images}
+    if "noise" in against:
+        images["noise"] = noise(poison, data, seed)
+    if "watermark" in against:
+        images["watermark"] = watermark(poison, data)
+    target_index, adversarial_class = poison.settings["target_index"], poison.settings["adversarial_class"]
+    found = {}
+    for name, each in images.items():
+        trained = judge(
+            data, target_index, adversarial_class, recipe,
+            poison=each, count=count, seed=seed, out=out, device=device, progress=progress,
+        )  # fmt: skip
+        found[name] = summary(trained, adversarial_class)
+        if progress:
+            one = found[name]
+            print(f"{name}: success {one['successes']}/{one['trials']}, margin {one['margin']:.2f}", file=sys.stderr)
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of judging; what is not given is as the poison's surrogates were trained."""
+    parser.add_argument("--victims", type=int, default=8, help="victims to train from scratch on each kind of images")
+    parser.add_argument("--seed", type=int, default=0, help="of the first victim")
+    parser.add_argument("--against", nargs="*", choices=COMPANIONS, default=list(COMPANIONS), help="to compare with")
+    parser.add_argument("--model", help=f"{', '.join(models.BUILT_IN)} or package.module:function")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--optimizer", choices=list(training.OPTIMIZERS))
+    parser.add_argument("--weight-decay", type=float)
+    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help="flips and crops")
+
+
+def run(
+    options: argparse.Namespace,
+    poison: Poison,
+    data: Dataset,
+    device: torch.device | str = "cpu",
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`audit` with the flags of `add_arguments`; prints the table."""
+    names = ("model", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "augment")
+    recipe = Recipe.of(poison, **{name: getattr(options, name) for name in names})
+    found = audit(
+        poison, data, recipe,
+        count=options.victims, seed=options.seed, against=options.against, out=out, device=device, progress=True,
+    )  # fmt: skip
+    print(table(found))
+    return found
