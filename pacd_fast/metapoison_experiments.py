@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from pacd_fast import datasets, plots, targeted
-from pacd_fast.datasets import Dataset
+from pacd_fast import datasets, plots, targeted, training, victims
+from pacd_fast.datasets import Dataset, as_float
+from pacd_fast.losses import Standard, layout
 from pacd_fast.metapoison import MetaPoison, metapoison
 from pacd_fast.metapoison_commands import class_of
 from pacd_fast.poison import Poison
@@ -32,10 +35,14 @@ _SMALL: dict[str, Any] = {
     "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 20, "epochs": 12, "lr": 0.05, "drops": (0.6, 0.8),
 }  # fmt: skip
 
-# What stands before the paper's settings when a victim is trained otherwise (section 3.5, figure 5b).
+_BUDGETS = (0.01, 0.03, 0.05, 0.1)
+_THIRD = "ship"  # the class that is perturbed in the third-party attack
+_SEVERAL = (12, 16)  # the targets of the multi-target attack: the first pair's, and the next by the same rule
+
+# How victims are trained otherwise than the surrogates (section 3.5, figure 5b); the rate is a factor.
 _TRANSFER: dict[str, dict[str, Any]] = {
     "as crafted": {},
-    "batch 250, lr doubled": {"batch_size": 250, "lr": 2.0},  # a factor of the crafting's
+    "batch 250, lr doubled": {"batch_size": 250, "lr": 2.0},
     "plain SGD": {"optimizer": "sgd"},
     "decay and augmentation": {"weight_decay": 5e-4, "augment": True},
 }
@@ -147,7 +154,7 @@ class _Setup:
         """Victims on the poison, or on clean data, trained as the surrogates were but for some changes."""
         settings = attack.settings()
         names = [field.name for field in dataclasses.fields(targeted.Recipe) if field.name in settings]
-        count = changes.pop("count", self.victims)
+        count = changes.pop("count", None) or self.victims
         recipe = targeted.Recipe(**{**{name: getattr(attack, name) for name in names}, **changes})
         return targeted.judge(
             self.data, attack.target_index, attack.adversarial_class, recipe,
@@ -158,6 +165,10 @@ class _Setup:
 
 def _name(pair: tuple[int, str, str]) -> str:
     return f"{pair[1]}{pair[0]}-{pair[2]}"
+
+
+def _title(pair: tuple[int, str, str]) -> str:
+    return f"{pair[1]} {pair[0]} as {pair[2]}"
 
 
 def _cells(one: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +202,7 @@ def _pairs(setup: _Setup) -> Report:
         for kind, images in kinds.items():
             found = setup.judged(images, attack)
             one = targeted.summary(found, attack.adversarial_class)
-            row = {"pair": f"{pair[1]} {pair[0]} as {pair[2]}", "trained on": kind, **_cells(one)}
+            row = {"pair": _title(pair), "trained on": kind, **_cells(one)}
             rows.append(row | {"crafting, s": round(crafting) if kind == "metapoison" else "-", "seed": setup.seed})
             pooled.setdefault(kind, []).append(one)
             curves = [victim.curve for victim in found if victim.curve is not None]
@@ -221,6 +232,184 @@ def _pairs(setup: _Setup) -> Report:
     return Report(f"metapoison {setup.size}", ("pair", "trained on", "seed"), rows, _text(rows))
 
 
+def _progress(setup: _Setup) -> Report:
+    """Figure 3: the surrogates' target loss while crafting, and that of victims on the poison as it was then."""
+    pair = setup.pairs[0]
+    attack = setup.attack(pair)
+    poison, count = setup.poison(_name(pair), attack), min(setup.victims, 4)
+    history = poison.settings["history"]
+    clean = targeted.summary(setup.judged(None, attack, count=count), attack.adversarial_class)
+    steps, judged = [0], [clean]
+    for step in range(setup.every, attack.steps + 1, setup.every):
+        found = setup.judged(Poison.load(setup.snapshot(_name(pair), step)), attack, count=count)
+        steps.append(step)
+        judged.append(targeted.summary(found, attack.adversarial_class))
+    rows = []
+    for step, one in zip(steps, judged, strict=True):
+        surrogates = {"surrogates' target loss": "-", "unrolled": "-"}
+        if step:
+            last = history[step - 1]
+            surrogates = {"surrogates' target loss": round(last["before"], 2), "unrolled": round(last["after"], 2)}
+        named = {"pair": _title(pair), "crafting steps": step, "seed": setup.seed}
+        rows.append(named | surrogates | {f"victims' {key}": value for key, value in _cells(one).items()})
+    numbers = list(range(1, len(history) + 1))
+    losses = {
+        "surrogates": (numbers, [step["before"] for step in history]),
+        "surrogates, unrolled": (numbers, [step["after"] for step in history]),
+        "victims": (steps, [one["target loss"] for one in judged]),
+    }
+    rates = {
+        "target taken for the adversarial class": (steps, [one["success"] for one in judged]),
+        "test accuracy": (steps, [one["accuracy"] for one in judged]),
+    }
+    plots.panels(
+        [
+            plots.Panel(_title(pair), "crafting step", "target loss", losses),
+            plots.Panel(f"{count} victims a point", "crafting step", "share", rates),
+        ],
+        setup.path("fig3.png"),
+    )
+    return Report(f"metapoison {setup.size}, crafting", ("pair", "crafting steps", "seed"), rows, _text(rows))
+
+
+def _budgets(setup: _Setup) -> Report:
+    """Figure 5a: success against the share of the training images that is perturbed."""
+    rows: list[dict[str, Any]] = []
+    lines = {}
+    for pair in setup.pairs[:1] if setup.small else setup.pairs[:2]:
+        rates = []
+        for budget in _BUDGETS:
+            attack = setup.attack(pair, budget=budget)
+            poison = setup.poison(_name(pair) + ("" if budget == 0.1 else f"-{budget:g}"), attack)
+            one = targeted.summary(setup.judged(poison, attack), attack.adversarial_class)
+            rates.append(one["success"])
+            rows.append({"pair": _title(pair), "budget": f"{budget:.0%}", "seed": setup.seed} | _cells(one))
+        lines[_title(pair)] = ([100 * budget for budget in _BUDGETS], rates)
+    plots.panels([plots.Panel("budget", "poisons, % of the images", "success rate", lines)], setup.path("fig5a.png"))
+    return Report(f"metapoison {setup.size}, budget", ("pair", "budget", "seed"), rows, _text(rows))
+
+
+def _transfer(setup: _Setup) -> Report:
+    """Figure 5b: victims that are trained otherwise than the surrogates."""
+    rows: list[dict[str, Any]] = []
+    lines = {}
+    for pair in setup.pairs[:2]:
+        attack = setup.attack(pair)
+        poison, rates = setup.poison(_name(pair), attack), []
+        for name, changes in _TRANSFER.items():
+            changes = changes | ({"lr": changes["lr"] * attack.lr} if "lr" in changes else {})
+            for kind, images in (("clean", None), ("metapoison", poison)):
+                found = setup.judged(images, attack, count=min(setup.victims, 4) if images is None else None, **changes)
+                one = targeted.summary(found, attack.adversarial_class)
+                rows.append(
+                    {"pair": _title(pair), "victims": name, "trained on": kind, "seed": setup.seed} | _cells(one)
+                )
+            rates.append(one["success"])
+        lines[_title(pair)] = (list(range(len(rates))), rates)
+    names = ", ".join(f"{i}: {name}" for i, name in enumerate(_TRANSFER))
+    plots.panels([plots.Panel(names, "victims", "success rate", lines)], setup.path("fig5b.png"))
+    return Report(f"metapoison {setup.size}, transfer", ("pair", "victims", "trained on", "seed"), rows, _text(rows))
+
+
+def _behaviour(setup: _Setup) -> Report:
+    """Figure 6: weight trajectories, distances in feature space, and the kinds of attack."""
+    pair = setup.pairs[0]
+    attack, third = setup.attack(pair), class_of(_THIRD, setup.data)
+    kinds = {
+        "default": (_name(pair), pair[2], attack),
+        "third-party": (f"{_name(pair)}-{_THIRD}", _THIRD, dataclasses.replace(attack, poison_class=third)),
+        "multi-target": (f"{_name(pair)}-multi", pair[2], dataclasses.replace(attack, target_index=_SEVERAL)),
+    }
+    rows: list[dict[str, Any]] = []
+    for kind, (name, perturbed, settings) in kinds.items():
+        one = targeted.summary(setup.judged(setup.poison(name, settings), settings), attack.adversarial_class)
+        named = {"attack": kind, "targets": len(settings.target_index), "perturbed": perturbed, "taken for": pair[2]}
+        rows.append({**named, "seed": setup.seed, **_cells(one)})
+    poison = setup.poison(_name(pair), attack)
+    paths, features = {}, {}
+    for kind, images in (("clean", setup.data), ("metapoison", poison.apply(setup.data))):
+        paths[kind], model = _trajectory(setup, attack, images)
+        features[kind] = _distances(setup.data, poison, model.cpu())
+    plane, share = _principal_plane(torch.cat(list(paths.values())))
+    curves = {
+        kind: (part[:, 0].tolist(), part[:, 1].tolist()) for kind, part in zip(paths, plane.chunk(2), strict=True)
+    }
+    against = list(features["clean"])
+    lines = {kind: (list(range(len(against))), list(each.values())) for kind, each in features.items()}
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(against))
+    plots.panels(
+        [
+            plots.Panel(f"weights by epoch: {share:.0%} of variance", "first component", "second component", curves),
+            plots.Panel("features: the target's distance", names, "of that to any image", lines),
+        ],
+        setup.path("fig6.png"),
+    )
+    text = [_text(rows), f"weights: the first two components hold {share:.1%} of the variance"]
+    for kind, each in features.items():
+        shares = ", ".join(f"to {name} {value:.2f}" for name, value in each.items())
+        text.append(f"features of a victim on {kind} data: the target's distance {shares} of that to any test image")
+    return Report(f"metapoison {setup.size}, attacks", ("attack", "seed"), rows, "\n".join(text))
+
+
+def _trajectory(setup: _Setup, attack: MetaPoison, data: Dataset) -> tuple[Tensor, nn.Module]:
+    """The weights of one victim before training and after every epoch, [epochs + 1, weights], and the victim.
+
+    The initial weights and the order of the images are the same for all data.
+    """
+    torch.manual_seed(training.mix(setup.seed, 31))
+    model = victims.network_for(attack.model, data).to(setup.device)
+    kept = [_flat(model)]
+    training.fit(
+        model, data, Standard(),
+        epochs=attack.epochs, batch_size=attack.batch_size, lr=attack.lr, seed=training.mix(setup.seed, 32),
+        optimizer="momentum" if attack.momentum > 0 else "sgd",
+        drops=[math.ceil(share * attack.epochs - 1e-9) for share in attack.drops],
+        after_epoch=lambda epoch, model: kept.append(_flat(model)),
+    )  # fmt: skip
+    return torch.stack(kept), model
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([w.detach().cpu().flatten() for w in model.parameters()])
+
+
+def _principal_plane(points: Tensor) -> tuple[Tensor, float]:
+    """Points [N, D] in the plane of their first two principal components, [N, 2], and the share of variance there."""
+    centred = (points - points.mean(0)).double()
+    left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
+    return left[:, :2] * sizes[:2], float(sizes[:2].square().sum() / sizes.square().sum())
+
+
+@torch.no_grad()
+def _distances(data: Dataset, poison: Poison, model: nn.Module) -> dict[str, float]:
+    """The mean distance of the first target from groups of images, in the input of the last linear layer.
+
+    As shares of its mean distance from 1 000 test images.
+    """
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+
+    def features(images: Tensor) -> Tensor:
+        x = as_float(images)
+        model(x.contiguous(memory_format=layout(x)))
+        return seen.pop()
+
+    target = int(poison.settings["target_index"][0])
+    own = (data.y_test == data.y_test[target]).nonzero().flatten()
+    groups = {
+        "poisons": poison.images,
+        "their originals": data.x_train[poison.index],
+        "its own class": data.x_test[own[own != target][:500]],
+    }
+    try:
+        at = features(data.x_test[[target]])
+        usual = (features(data.x_test[:1000]) - at).norm(dim=1).mean()
+        return {name: float((features(images) - at).norm(dim=1).mean() / usual) for name, images in groups.items()}
+    finally:
+        hook.remove()
+
+
 def _text(rows: list[dict[str, Any]]) -> str:
     """Rows as aligned text."""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
@@ -229,5 +418,9 @@ def _text(rows: list[dict[str, Any]]) -> str:
 
 
 EXPERIMENTS: dict[str, Experiment] = {
-    "metapoison-fig4": Experiment("victims of several target-poison pairs, beside noise and watermark", _pairs),
+    "metapoison-fig3": Experiment("crafting: the surrogates' unrolled loss, and victims on the way", _progress),
+    "metapoison-fig4": Experiment("victims of several target-poison pairs, beside noise and a watermark", _pairs),
+    "metapoison-fig5a": Experiment("success against the budget", _budgets),
+    "metapoison-fig5b": Experiment("transfer to victims that are trained otherwise", _transfer),
+    "metapoison-fig6": Experiment("weight trajectories, feature distances, third-party and multi-target", _behaviour),
 }

@@ -304,7 +304,7 @@ def test_the_command_line(tmp_path, capsys):
             metapoison_commands.attack_of(options(*bad), data)
 
 
-def digits(per_class: int = 40) -> Dataset:
+def digits(per_class: int = 80) -> Dataset:
     """Three digits of MNIST, few of each, and their held-out images."""
     whole = datasets.load("mnist5k")
     few = [(whole.y_train == digit).nonzero().flatten()[:per_class] for digit in (4, 7, 9)]
@@ -322,25 +322,28 @@ def dense(num_classes: int) -> nn.Module:
 
 
 def test_an_attack_on_digits_beats_noise_on_fresh_victims(tmp_path):
+    """A seven becomes a nine through a sixth of the images, all nines.  It and the settings were chosen on other seeds.
+
+    The watermark is no bound here: laid over nines, a seven teaches a dense network even more than this attack.
+    """
     data = digits()
-    recipe = targeted.Recipe(model=f"{__name__}:dense", epochs=20, batch_size=30, lr=0.05, drops=())
-    clean = targeted.judge(data, range(len(data.x_test)), 2, recipe, count=4, seed=100)
-    # The target: the four whose margin against nine is the smallest among those that no clean victim takes for a nine.
-    margins = torch.tensor([victim.margin for victim in clean])
-    fours = (data.y_test == 0) & (margins.amin(0) > 0)
-    target = int(torch.where(fours, margins.mean(0), torch.inf).argmin())
+    recipe = targeted.Recipe(model=f"{__name__}:dense", epochs=8, batch_size=30, lr=0.05, drops=())
+    pilot = targeted.judge(data, range(len(data.x_test)), 2, recipe, count=6, seed=100)
+    margins = torch.tensor([victim.margin for victim in pilot])
+    sevens = (data.y_test == 1) & (margins.amin(0) > 0.3)  # that no pilot takes for a nine; the nearest of them
+    target = int(torch.where(sevens, margins.mean(0), torch.inf).argmin())
     plan = MetaPoison(
-        poison_class=2, adversarial_class=2, target_index=(target,), budget=1 / 3, ball=Ball(0.2), model=recipe.model,
-        surrogates=5, steps=25, epochs=20, batch_size=30, lr=0.05, drops=(), craft_lr=0.3, seed=3,
+        poison_class=2, adversarial_class=2, target_index=(target,), budget=1 / 6, ball=Ball(0.1), model=recipe.model,
+        surrogates=8, unroll=1, steps=16, epochs=8, batch_size=30, lr=0.05, drops=(), seed=3,
     )  # fmt: skip
     poison = metapoison(data, plan)
     out = tmp_path / "victims.jsonl"
     found = targeted.audit(poison, data, targeted.Recipe.of(poison), count=8, out=out)
     print(targeted.table(found))
-    assert found["clean"]["success"] == 0 and found["noise"]["success"] <= 0.25
-    assert found["metapoison"]["success"] >= 0.75 and found["metapoison"]["low"] > found["noise"]["high"] - 0.3
-    assert found["metapoison"]["margin"] < found["noise"]["margin"] - 0.5
-    assert found["metapoison"]["accuracy"] > found["clean"]["accuracy"] - 0.05
+    assert found["clean"]["successes"] <= 1 and found["noise"]["successes"] <= 1
+    assert found["metapoison"]["successes"] >= 4
+    assert found["metapoison"]["margin"] < found["noise"]["margin"] - 0.8
+    assert found["metapoison"]["accuracy"] > found["clean"]["accuracy"] - 0.03
     lines = out.read_text().splitlines()
     assert len(lines) == 32
     # Victims whose line is there are not trained again; a torn one is.
@@ -369,7 +372,8 @@ def test_judging(tmp_path):
     for other in (mark, noise):
         assert torch.equal(other.index, poison.index) and float(other.distortion(data).max()) <= poison.ball.epsilon
     base, target = as_float(data.x_train[poison.index]), as_float(data.x_test[:1])
-    assert float((as_float(mark.images) - (0.9 * base + 0.1 * target)).abs().max()) <= 0.5 / 255 + 1e-6
+    expected = base + (0.1 * (target - base)).clamp(-16 / 255, 16 / 255)
+    assert float((as_float(mark.images) - expected).abs().max()) <= 0.5 / 255 + 1e-6
     assert targeted.Recipe.of(poison, lr=0.2).lr == 0.2 and targeted.Recipe.of(poison).model == TINY
     assert targeted.Recipe.of(metapoison(data, attack(steps=1, momentum=0.0))).optimizer == "sgd"
     (tmp_path / "bad.jsonl").write_text("{}\n")
