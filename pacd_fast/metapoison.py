@@ -200,8 +200,8 @@ def metapoison(
     statistics advance on clean batches alone, and the targets are seen with them, as a victim's user would see them.
     A surrogate whose loss or gradient is not finite gives none, starts again from other weights and is counted.
 
-    Surrogates run in turn.  Batched with vmap over stacked weights they are slower on a CPU, where grouped convolutions
-    are: see `benchmarks/bench_metapoison.py`.
+    Surrogates run in turn: stacked under torch.func.vmap they take as long on a CPU (1.02 times, eight convnets, by
+    benchmarks/bench_metapoison.py) and the memory of all their graphs at once.
 
     Args:
         device: where the surrogates are; the same settings there are the same bits.

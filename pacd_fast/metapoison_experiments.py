@@ -31,6 +31,7 @@ __all__ = ["EXPERIMENTS", "Experiment", "Report", "add_arguments", "run"]
 _SMALL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (8, "cat", "frog"))
 _FULL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (4, "frog", "airplane"), (3, "airplane", "frog"))
 
+_SMALL_IMAGES = 5000
 _SMALL: dict[str, Any] = {
     "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 20, "epochs": 12, "lr": 0.05, "drops": (0.6, 0.8),
 }  # fmt: skip
@@ -82,7 +83,7 @@ def run(name: str, options: argparse.Namespace) -> Report:
         raise ValueError(f"--data must be cifar10, or an .npz file that is called cifar10.npz, not {options.data}")
     if options.victims < 1:
         raise ValueError(f"--victims must be at least 1, not {options.victims}")
-    data = datasets.load(options.data, data_dir=options.data_dir, train_images=5000 if options.small else None)
+    data = datasets.load(options.data, data_dir=options.data_dir, train_images=_SMALL_IMAGES if options.small else None)
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,6 +64,8 @@ def scrambled(model: nn.Module) -> nn.Module:
     [
         # By hand: 20*25+20, 50*20*25+50, 800*500+500, 500*10+10.
         ("mnist-cnn", MNIST, 520 + 25_050 + 400_500 + 5_010),
+        # By hand, 9 weights a pair of filters: 8*3*9+8, 16*8*9+16, 16*16*9+16, 32*16*9+32, 32*32*9+32, 10*32*16+10.
+        ("convnet", CIFAR, 224 + 1_168 + 2_320 + 4_640 + 9_248 + 5_130),
         # He et al. report 0.27M, 0.85M and 1.7M; two projection shortcuts add 16*32+64 and 32*64+128.
         ("resnet20", CIFAR, 269_722 + 576 + 2_176),
         ("resnet56", CIFAR, 853_018 + 576 + 2_176),
@@ -75,7 +77,7 @@ def test_parameter_counts(name, shape, expected):
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (32, 32)), (2, (16, 21))])
-@pytest.mark.parametrize("name", ["mnist-cnn", "resnet20"])
+@pytest.mark.parametrize("name", ["mnist-cnn", "convnet", "resnet20"])
 def test_any_image_shape(name, channels, size):
     model = models.build(name, num_classes=7, in_channels=channels, image_size=size).eval()
     x = torch.rand(2, channels, *size)
@@ -124,6 +126,7 @@ def test_build_with_normalisation():
     [
         ("alexnet", {}, "unknown model 'alexnet'"),
         ("mnist-cnn", {"image_size": (15, 28)}, "at least 16x16, got 15x28"),
+        ("convnet", {"image_size": (32, 7)}, "at least 8x8, got 32x7"),
         ("mnist-cnn", {"num_classes": 1}, "num_classes must be at least 2"),
         ("mnist-cnn", {"in_channels": None}, "needs the number of channels"),
         ("mnist-cnn", {"mean": (0.5,)}, "both mean and std"),

@@ -6,10 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from pacd_fast import plots
+from pacd_fast.datasets import Dataset, as_float
+from pacd_fast.poison import Ball, Poison
 from pacd_fast.results import Results, Run, summarize
 
 RUN = Run(100, 100_000, 0.001, 0.5, 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
@@ -119,3 +122,33 @@ def test_refuses(tmp_path):
             plots.certified_accuracy({"a": many()}, tmp_path / name)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         plots.certified_accuracy({"a": many()}, tmp_path / "absent" / "a.png")
+
+
+def test_panels_and_poison_images(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **named: saved.append(self))
+    lines = {"clean": ([1, 2], [0.5, 0.6]), "poison": ([1, 2, 3], [0.4, 0.3, 0.1])}
+    panels = [plots.Panel("a", "epoch", "loss", lines), plots.Panel("b", "epoch", "rate", {"poison": ([1], [0.2])})]
+    plots.panels(panels, tmp_path / "a.png", columns=2)
+    left, right = saved[0].axes
+    assert [line.get_label() for line in left.lines] == ["clean", "poison"] and left.get_xlabel() == "epoch"
+    assert left.lines[1].get_ydata().tolist() == [0.4, 0.3, 0.1]
+    assert left.lines[1].get_color() == right.lines[0].get_color() != left.lines[0].get_color()
+    with pytest.raises(ValueError, match="no panels"):
+        plots.panels([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="unknown kind of picture"):
+        plots.panels(panels, tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        plots.panels(panels, tmp_path / "absent" / "a.png")
+
+    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.zeros(6, dtype=torch.int64)
+    data = Dataset("small", images[:4], labels[:4], images[4:], labels[4:], images[:0], labels[:0], ("x", "y"))
+    u = as_float(images[:3]) + 0.1
+    for settings, rows in (({"target_index": [1]}, 4), ({}, 3)):
+        poison = Poison.craft("some", data, torch.arange(3), u, Ball(0.05), settings)
+        plots.poison_images(poison, data, tmp_path / "b.png", count=3)
+        axes = np.array(saved[-1].axes).reshape(rows, 3)
+        shown = [float(np.asarray(each.images[0].get_array()).mean()) for each in axes[-3:, 0]]
+        assert shown[0] == pytest.approx(float(as_float(poison.images[0]).mean())) and shown[2] > 0.5
+        assert bool(settings) == (axes[0, 0].get_title(loc="left") == "target")

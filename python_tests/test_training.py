@@ -205,6 +205,27 @@ def test_fit_is_a_function_of_its_seed(tmp_path):
     assert torch.isfinite(weights(seed=1, dtype=torch.bfloat16)).all()
 
 
+@pytest.mark.parametrize(("name", "momentum"), [("sgd", 0.0), ("momentum", 0.9)])
+def test_sgd_with_rate_drops_is_the_written_out_loop(name, momentum):
+    (x, y), seen = small_data(), []
+    trained = fit(
+        small_network(), (x, y), Standard(), epochs=4, batch_size=40, lr=0.2, weight_decay=0.01, optimizer=name,
+        drops=(1, 3), seed=5, after_epoch=lambda epoch, model: seen.append((epoch, model[1].weight.detach().clone())),
+    )  # fmt: skip
+    model = small_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=momentum, weight_decay=0.01)
+    for epoch, rate in enumerate((0.2, 0.02, 0.02, 0.002)):
+        optimizer.param_groups[0]["lr"] = rate
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(training.mix(5, epoch)))
+        for index in order.split(40):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+            optimizer.step()
+        assert seen[epoch][0] == epoch
+        torch.testing.assert_close(seen[epoch][1], model[1].weight.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trained[1].weight, model[1].weight, rtol=1e-5, atol=1e-6)
+
+
 def test_a_microbatch_gives_the_gradient_of_the_batch():
     data, results = small_data(), []
     for microbatch in (None, 8, 64):
@@ -287,6 +308,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         (lambda: fit(small_network(), small_data(), Standard(), epochs=0), "epochs must be at least 1"),
         (lambda: fit(small_network(), small_data(), Standard(), microbatch=0), "microbatch must be at least 1"),
         (lambda: fit(small_network(), small_data(), Standard(), dtype=torch.float16), "dtype must be"),
+        (lambda: fit(small_network(), small_data(), Standard(), optimizer="rmsprop"), "unknown optimizer 'rmsprop'"),
         (lambda: fit(nn.Conv2d(1, 2, 3), small_data(), Standard()), "must return logits"),
         (lambda: ops.soft_smooth(torch.rand(2, 3)), "logits must be floating"),
         (lambda: ops.soft_smooth(torch.rand(2, 0, 3)), "logits must be floating"),

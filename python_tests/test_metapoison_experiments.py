@@ -1,0 +1,86 @@
+"""pacd-fast reproduce metapoison-*: every figure from end to end on small random images, and nothing twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pacd_fast import metapoison_experiments as module
+from pacd_fast.__main__ import main
+from pacd_fast.metapoison_experiments import EXPERIMENTS
+
+
+def flat(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """A preset's command line for tiny settings, as a function of its name; and the results file."""
+    tiny = {"model": f"{__name__}:flat", "surrogates": 2, "steps": 5, "epochs": 2, "lr": 0.01}
+    monkeypatch.setattr(module, "_SMALL", {**module._SMALL, **tiny})
+    monkeypatch.setattr(module, "_SMALL_IMAGES", 200)
+    rng = np.random.default_rng(0)
+    y_test = np.arange(40) % 10
+    y_test[[12, 16, 13, 8]] = [5, 5, 7, 3]
+    arrays = {"x_train": rng.integers(0, 256, (200, 32, 32, 3), np.uint8), "y_train": np.arange(200) % 10}
+    arrays |= {"x_test": rng.integers(0, 256, (40, 32, 32, 3), np.uint8), "y_test": y_test}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    common = ["--small", "--data", str(tmp_path / "cifar10.npz"), "--victims", "2", "--device", "cpu"]
+    common += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")]
+    return lambda name: ["reproduce", name, *common], tmp_path / "results.json", tmp_path / "work"
+
+
+def test_every_figure_from_end_to_end(command, capsys, monkeypatch):
+    line, results, work = command
+    assert set(EXPERIMENTS) == {f"metapoison-{name}" for name in ("fig3", "fig4", "fig5a", "fig5b", "fig6")}
+    for name in EXPERIMENTS:
+        assert main(line(name)) == 0
+        assert (work / f"metapoison-small-{name.removeprefix('metapoison-')}.png").stat().st_size > 5000
+    tables = json.loads(results.read_text())
+    rows = {name: tables[name]["rows"] for name in tables}
+    assert set(rows) == {"metapoison small"} | {
+        f"metapoison small, {what}" for what in ("crafting", "budget", "transfer", "attacks")
+    }
+    assert len(rows["metapoison small"]) == 4 * (3 + 1) and len(rows["metapoison small, attacks"]) == 3
+    assert {row["budget"] for row in rows["metapoison small, budget"]} == {"1%", "3%", "5%", "10%"}
+    assert len(rows["metapoison small, transfer"]) == 2 * 4 * 2
+    assert [row["crafting steps"] for row in rows["metapoison small, crafting"]] == [0, 5]
+    pooled = next(row for row in rows["metapoison small"] if row["pair"] == "all" and row["trained on"] == "clean")
+    each = [row for row in rows["metapoison small"] if row["trained on"] == "clean" and row["pair"] != "all"]
+    assert pooled["success"] == f"{sum(int(row['success'].split('/')[0]) for row in each)}/6"
+    assert "features of a victim on metapoison data" in capsys.readouterr().out
+    # A second run reads what is there: nothing is crafted or trained but the trajectories of figure 6.
+    lines = (work / "metapoison-small-victims.jsonl").read_text()
+    monkeypatch.setattr(module, "metapoison", None)
+    assert main(line("metapoison-fig4")) == 0
+    assert (work / "metapoison-small-victims.jsonl").read_text() == lines
+    assert json.loads(results.read_text()) == tables
+
+
+def test_other_settings_are_refused(command, capsys, monkeypatch):
+    line, _, work = command
+    assert main(line("metapoison-fig3")) == 0
+    monkeypatch.setattr(module, "_SMALL", {**module._SMALL, "surrogates": 3})
+    assert main(line("metapoison-fig3")) == 2
+    assert "was crafted with other settings; delete it" in capsys.readouterr().err
+    given = line("metapoison-fig3")
+    assert main([part.replace("cifar10.npz", "other.npz") for part in given]) == 2
+    assert "--data must be cifar10" in capsys.readouterr().err
+    assert main([*given, "--victims", "0"]) == 2
+    assert Path(work / "metapoison-small-dog12-bird.png").exists()
+
+
+def test_the_principal_plane():
+    """Points on a plane in 30 dimensions: their distances survive, and it holds all of the variance."""
+    torch.manual_seed(0)
+    points = torch.randn(7, 2) @ torch.linalg.qr(torch.randn(30, 2))[0].T
+    plane, share = module._principal_plane(points)
+    torch.testing.assert_close(torch.cdist(plane, plane).float(), torch.cdist(points, points), rtol=1e-4, atol=1e-4)
+    assert share == pytest.approx(1.0) and float(plane[:, 0].var()) >= float(plane[:, 1].var())
+    assert module._principal_plane(torch.eye(5))[1] == pytest.approx(0.5)  # four equal directions
