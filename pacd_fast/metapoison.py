@@ -33,7 +33,7 @@ __all__ = ["OBJECTIVES", "MetaPoison", "Step", "adversarial_loss", "margin", "me
 
 OBJECTIVES = ("cross-entropy", "carlini-wagner")
 
-_INITIAL, _ORDER, _START = 11, 12, 13  # what seeds of one run differ by
+_INITIAL, _ORDER, _START, _DROPOUT = 11, 12, 13, 14  # what seeds of one run differ by
 
 
 def margin(logits: Tensor, adversarial_class: int) -> Tensor:
@@ -69,7 +69,8 @@ class MetaPoison:
     at the shares `drops` of T; unroll: SGD steps to look ahead, at the same rate, without momentum.
 
     steps, craft_lr: of Adam on the perturbation, the rate in units of epsilon, a tenth of it from 60 % and a hundredth
-    from 80 % of the steps on; objective, confidence: see `adversarial_loss`.
+    from 80 % of the steps on; objective, confidence: see `adversarial_loss`; recompute: see `unrolled`'s checkpoint
+    (not for networks with dropout, whose second evaluation would differ).
 
     Raises ValueError for settings out of range.
     """
@@ -204,7 +205,8 @@ def metapoison(
     benchmarks/bench_metapoison.py) and the memory of all their graphs at once.
 
     Args:
-        device: where the surrogates are; the same settings there are the same bits.
+        device: where the surrogates are; on the CPU the same settings are the same bits, and on CUDA under
+            torch.use_deterministic_algorithms.
         checkpoint: a file that is rewritten after every pretrained surrogate and crafting step; with resume, the run
             goes on from it and ends with the bits of an uninterrupted one.
         after_step: called with the step's number, from 0, and the poison as it is then.
@@ -340,22 +342,24 @@ class _Crafting:
         gradient = torch.zeros_like(self.base)
         sums, batches, looked = torch.zeros(5, device=self.device), 0, 0
         model.train()
-        for index in order.split(attack.batch_size):
-            x, y, row = as_float(self.images[index]), self.labels[index], self.row[index]
-            x = x.contiguous(memory_format=layout(x))
-            held = row >= 0
-            if u is not None and bool(held.any()):
-                at = row[held]
-                meta, values = self._look_ahead(model, x, y, held, u[at], rate)
-                gradient[at] += meta
-                sums[:4] += values
-                looked += 1
-            surrogate.optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            surrogate.optimizer.step()
-            sums[4] += loss.detach()
-            batches += 1
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(mix(attack.seed, _DROPOUT, *seed))
+            for index in order.split(attack.batch_size):
+                x, y, row = as_float(self.images[index]), self.labels[index], self.row[index]
+                x = x.contiguous(memory_format=layout(x))
+                held = row >= 0
+                if u is not None and bool(held.any()):
+                    at = row[held]
+                    meta, values = self._look_ahead(model, x, y, held, u[at], rate)
+                    gradient[at] += meta
+                    sums[:4] += values
+                    looked += 1
+                surrogate.optimizer.zero_grad(set_to_none=True)
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                surrogate.optimizer.step()
+                sums[4] += loss.detach()
+                batches += 1
         surrogate.epoch += 1
         sums[:4] /= max(looked, 1)
         sums[4] /= batches
