@@ -26,17 +26,17 @@ from pacd_fast.results import mean_and_deviation
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "add_arguments", "run"]
 
 # Pairs (test image, its class, poison class).  Small: the first test image of its class that at least half of eight
-# pilot victims, trained on clean data, get right and at most one takes for the poison class; only five classes have the
-# 500 images that a budget of 10 % asks for among the first 5 000.  Full: the first test image of the class.
-_SMALL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (8, "cat", "frog"))
+# pilot victims, trained on clean data, get right and none takes for the poison class.  Full: the first test image of
+# the class.
+_SMALL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (70, "bird", "dog"))
 _FULL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (4, "frog", "airplane"), (3, "airplane", "frog"))
 
 _SMALL_IMAGES = 5000
 _SMALL: dict[str, Any] = {
-    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 20, "epochs": 12, "lr": 0.05, "drops": (0.6, 0.8),
+    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 20, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8),
+    "budget": 0.07,  # a class has 500 of 5 000 images: with all of them perturbed, nothing true teaches it any more
 }  # fmt: skip
 
-_BUDGETS = (0.01, 0.03, 0.05, 0.1)
 _THIRD = "ship"  # the class that is perturbed in the third-party attack
 _SEVERAL = (12, 16)  # the targets of the multi-target attack: the first pair's, and the next by the same rule
 
@@ -277,15 +277,16 @@ def _budgets(setup: _Setup) -> Report:
     """Figure 5a: success against the share of the training images that is perturbed."""
     rows: list[dict[str, Any]] = []
     lines = {}
+    budgets = (0.01, 0.03, 0.05, 0.07, 0.1) if setup.small else (0.01, 0.03, 0.05, 0.1)
     for pair in setup.pairs[:1] if setup.small else setup.pairs[:2]:
-        rates = []
-        for budget in _BUDGETS:
+        rates, usual = [], setup.attack(pair).budget
+        for budget in budgets:
             attack = setup.attack(pair, budget=budget)
-            poison = setup.poison(_name(pair) + ("" if budget == 0.1 else f"-{budget:g}"), attack)
+            poison = setup.poison(_name(pair) + ("" if budget == usual else f"-{budget:g}"), attack)
             one = targeted.summary(setup.judged(poison, attack), attack.adversarial_class)
             rates.append(one["success"])
             rows.append({"pair": _title(pair), "budget": f"{budget:.0%}", "seed": setup.seed} | _cells(one))
-        lines[_title(pair)] = ([100 * budget for budget in _BUDGETS], rates)
+        lines[_title(pair)] = ([100 * budget for budget in budgets], rates)
     plots.panels([plots.Panel("budget", "poisons, % of the images", "success rate", lines)], setup.path("fig5a.png"))
     return Report(f"metapoison {setup.size}, budget", ("pair", "budget", "seed"), rows, _text(rows))
 

@@ -26,10 +26,10 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_SMALL", {**module._SMALL, **tiny})
     monkeypatch.setattr(module, "_SMALL_IMAGES", 200)
     rng = np.random.default_rng(0)
-    y_test = np.arange(40) % 10
-    y_test[[12, 16, 13, 8]] = [5, 5, 7, 3]
+    y_test = np.arange(80) % 10
+    y_test[[12, 16, 13, 70]] = [5, 5, 7, 2]
     arrays = {"x_train": rng.integers(0, 256, (200, 32, 32, 3), np.uint8), "y_train": np.arange(200) % 10}
-    arrays |= {"x_test": rng.integers(0, 256, (40, 32, 32, 3), np.uint8), "y_test": y_test}
+    arrays |= {"x_test": rng.integers(0, 256, (80, 32, 32, 3), np.uint8), "y_test": y_test}
     np.savez(tmp_path / "cifar10.npz", **arrays)
     common = ["--small", "--data", str(tmp_path / "cifar10.npz"), "--victims", "2", "--device", "cpu"]
     common += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")]
@@ -48,7 +48,7 @@ def test_every_figure_from_end_to_end(command, capsys, monkeypatch):
         f"metapoison small, {what}" for what in ("crafting", "budget", "transfer", "attacks")
     }
     assert len(rows["metapoison small"]) == 4 * (3 + 1) and len(rows["metapoison small, attacks"]) == 3
-    assert {row["budget"] for row in rows["metapoison small, budget"]} == {"1%", "3%", "5%", "10%"}
+    assert {row["budget"] for row in rows["metapoison small, budget"]} == {"1%", "3%", "5%", "7%", "10%"}
     assert len(rows["metapoison small, transfer"]) == 2 * 4 * 2
     assert [row["crafting steps"] for row in rows["metapoison small, crafting"]] == [0, 5]
     pooled = next(row for row in rows["metapoison small"] if row["pair"] == "all" and row["trained on"] == "clean")
