@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from pacd_fast import models
+from pacd_fast import models, plots
 from pacd_fast.datasets import Dataset
 from pacd_fast.metapoison import OBJECTIVES, MetaPoison, metapoison
 from pacd_fast.poison import Ball, Poison
@@ -113,7 +112,7 @@ def attack_of(options: argparse.Namespace, data: Dataset) -> MetaPoison:
 
 
 def run(options: argparse.Namespace, data: Dataset, device: torch.device | str = "cpu") -> Poison:
-    """Crafts the poison of a command line with --out, which it resumes from `out`.partial, and writes it there."""
+    """Crafts the poison of a command line, resuming from `out`.partial, into --out, with its picture (.png) beside it."""
     attack, out = attack_of(options, data), Path(options.out)
     attack.chosen(data)
     if not out.parent.is_dir():
@@ -124,11 +123,12 @@ def run(options: argparse.Namespace, data: Dataset, device: torch.device | str =
     poison = metapoison(data, attack, device=device, checkpoint=partial, resume=True, progress=True)
     poison.save(out)
     partial.unlink(missing_ok=True)
+    picture = out.with_suffix(".png")
+    plots.poison_images(poison, data, picture)
     last = poison.settings["history"][-1]
     print(
-        json.dumps({key: poison.settings[key] for key in ("target_index", "poison_class", "poisons")}), file=sys.stderr
-    )
-    print(
-        f"{out}: {len(poison.index)} poisons; surrogates' margin on the targets {last['margin']:.2f}", file=sys.stderr
+        f"{out}: {len(poison.index)} poisons for test images {list(attack.target_index)}; the surrogates' target loss is "
+        f"{last['before']:.3f}, after {attack.unroll} more steps on the poison {last['after']:.3f}; picture: {picture}",
+        file=sys.stderr,
     )
     return poison

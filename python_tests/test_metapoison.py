@@ -128,8 +128,10 @@ def test_the_meta_gradient_is_that_of_the_written_out_epoch(model):
         for group in twin.optimizer.param_groups:
             group["lr"] = 0.05
         twin.optimizer.step()
+    again = module._Crafting(data, dataclasses.replace(plan, recompute=True), index, torch.device("cpu"))
+    torch.testing.assert_close(again.epoch(again.fresh(1), again.u.detach())[0], gradient, rtol=1e-4, atol=1e-8)
     assert float(total.abs().max()) > 0
-    torch.testing.assert_close(gradient, total, rtol=1e-3, atol=1e-7 * 1 + 1e-4 * float(total.abs().max()))
+    torch.testing.assert_close(gradient, total, rtol=1e-3, atol=1e-4 * float(total.abs().max()))
     assert numbers[1] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     for name, tensor in network.state_dict().items():  # weights and running statistics advanced on clean batches alone
         torch.testing.assert_close(surrogate.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
@@ -290,7 +292,8 @@ def test_the_command_line(tmp_path, capsys):
     assert made.ball.epsilon == 16 / 255 and made.momentum == 0.0
     poison = metapoison_commands.run(options(*given), data)
     assert torch.equal(Poison.load(tmp_path / "poison.npz").images, poison.images)
-    assert os.listdir(tmp_path) == ["poison.npz"] and "6 poisons" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["poison.npz", "poison.png"]
+    assert "6 poisons for test images [5, 8]" in capsys.readouterr().err
     default = metapoison_commands.attack_of(options("--poison-class", "1"), data)
     assert (default.surrogates, default.unroll, default.steps, default.batch_size) == (24, 2, 60, 125)
     assert (default.lr, default.adversarial_class, default.ball.epsilon) == (0.1, 1, 16 / 255)
