@@ -112,7 +112,7 @@ def attack_of(options: argparse.Namespace, data: Dataset) -> MetaPoison:
 
 
 def run(options: argparse.Namespace, data: Dataset, device: torch.device | str = "cpu") -> Poison:
-    """Crafts the poison of a command line, resuming from `out`.partial, into --out, with its picture (.png) beside it."""
+    """Crafts the poison of a command line into --out, resuming from `out`.partial, and draws it beside it (.png)."""
     attack, out = attack_of(options, data), Path(options.out)
     attack.chosen(data)
     if not out.parent.is_dir():
@@ -127,8 +127,8 @@ def run(options: argparse.Namespace, data: Dataset, device: torch.device | str =
     plots.poison_images(poison, data, picture)
     last = poison.settings["history"][-1]
     print(
-        f"{out}: {len(poison.index)} poisons for test images {list(attack.target_index)}; the surrogates' target loss is "
-        f"{last['before']:.3f}, after {attack.unroll} more steps on the poison {last['after']:.3f}; picture: {picture}",
+        f"{out}: {len(poison.index)} poisons for test images {list(attack.target_index)}; the surrogates' target loss "
+        f"is {last['before']:.3f}, after {attack.unroll} steps on the poison {last['after']:.3f}; picture: {picture}",
         file=sys.stderr,
     )
     return poison
