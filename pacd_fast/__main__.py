@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=int, default=100)
     train.add_argument("--batch-size", type=int, default=200)
     train.add_argument("--microbatch", type=int, help="images of a batch at a time, to save memory")
-    train.add_argument("--lr", type=float, default=1e-3, help="Adam's learning rate")
+    train.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    train.add_argument("--optimizer", choices=list(training.OPTIMIZERS), default="adam")
     train.add_argument("--weight-decay", type=float, default=0.0)
     train.add_argument(
         "--augment",
@@ -228,6 +229,7 @@ def run_train(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             lr=options.lr,
             weight_decay=options.weight_decay,
+            optimizer=options.optimizer,
             augment=options.augment,
             seed=seed,
             dtype=DTYPES[options.dtype],
@@ -377,7 +379,7 @@ def run_poison(options: argparse.Namespace) -> None:
 
 
 def run_audit(options: argparse.Namespace) -> int:
-    return attack_commands.run_audit(options, attack_commands.load(options), main)
+    return attack_commands.run_audit(options, attack_commands.load(options), device_of(options.device), main)
 
 
 def run_reproduce(options: argparse.Namespace) -> int:

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pacd_fast import attacks, audit, datasets, models, plots, presets, victims
+from pacd_fast import attacks, audit, datasets, metapoison_commands, models, plots, presets, targeted, training, victims
 from pacd_fast.bilevel import CURVATURES, SOLVERS
 from pacd_fast.datasets import Dataset
 from pacd_fast.losses import METHODS
+from pacd_fast.metapoison_commands import fraction
 from pacd_fast.pacd import PRESETS, Radius, Recipe
 from pacd_fast.poison import NORMS, Poison
 
-ATTACKS = ("pacd", "standard", "watermark", "random")
-
-
-def number(text: str) -> float:
-    """A number, or a fraction such as 16/255."""
-    above, _, below = text.partition("/")
-    return float(above) / float(below) if below else float(above)
+ATTACKS = ("pacd", "standard", "watermark", "random", "metapoison")
 
 
 def add_poison(sub: argparse.ArgumentParser) -> None:
@@ -35,9 +31,9 @@ def add_poison(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--preset", choices=list(PRESETS), help="the paper's settings; by default those for --data")
     sub.add_argument("--target-class", help="class to poison, its name or number; by default the paper's 8, ship")
-    sub.add_argument("--epsilon", type=number, help="size of the ball, pixels from 0 to 1; by default the preset's")
+    sub.add_argument("--epsilon", type=fraction, help="size of the ball, pixels from 0 to 1; by default the preset's")
     sub.add_argument("--norm", choices=NORMS, default="linf")
-    sub.add_argument("--fraction", type=number, help="of the class to poison; with --targets, of all training images")
+    sub.add_argument("--fraction", type=fraction, help="of the class to poison; with --targets, of all training images")
     sub.add_argument("--targets", type=int, nargs="+", help="test images to attack alone, by poison close to them")
     sub.add_argument("--model", help=f"{', '.join(models.BUILT_IN)}; by default the preset's")
     sub.add_argument("--copies", type=int, help="noisy copies of a validation image in the upper loss")
@@ -50,6 +46,7 @@ def add_poison(sub: argparse.ArgumentParser) -> None:
         kind = {"int": int, "float": float}.get(str(field.type), str)
         flag = field.name.replace("_", "-")
         sub.add_argument(f"--{flag}", type=kind, choices=choices, help="of crafting; by default the preset's")
+    metapoison_commands.add_arguments(sub.add_argument_group("metapoison", "flags of --attack metapoison alone"))
     sub.add_argument("--max-seconds", type=float, default=float("inf"), help="stop crafting after so long")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto")
@@ -64,17 +61,6 @@ def preset_of(options: argparse.Namespace) -> str:
     return options.preset or default
 
 
-def class_of(text: str | None, data: Dataset, default: int = 8) -> int:
-    """A class by name or number."""
-    if text is None:
-        return default
-    if text in data.class_names:
-        return data.class_names.index(text)
-    if text.isdecimal() and int(text) < data.num_classes:
-        return int(text)
-    raise ValueError(f"{data.name} has no class {text!r}: it has {', '.join(data.class_names)}")
-
-
 def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device) -> None:
     """Crafts, writes the poison file and its picture, and prints what was used of the ball."""
     out = Path(options.out)
@@ -82,8 +68,11 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; create it first")
     if out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, not {out.name!r}")
+    if options.attack == "metapoison":
+        metapoison_commands.run(options, data, device)
+        return
     preset = PRESETS[preset_of(options)]
-    target_class = class_of(options.target_class, data)
+    target_class = data.class_index(options.target_class or "8")
     shared: dict[str, Any] = {
         "target_class": target_class,
         "epsilon": preset.epsilon if options.epsilon is None else options.epsilon,
@@ -162,10 +151,16 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--target-class", help="class to certify, its name or number; by default the poison's")
     sub.add_argument("--seeds", type=int, default=5, help="victims for every training set")
     sub.add_argument("--first-seed", type=int, default=0)
-    sub.add_argument("--epochs", type=int, default=100)
-    sub.add_argument("--batch-size", type=int, default=200)
-    sub.add_argument("--lr", type=float, default=1e-3)
-    sub.add_argument("--weight-decay", type=float, default=0.0)
+    sub.add_argument("--epochs", type=int, help="by default 100; for targeted poison as its surrogates, and so below")
+    sub.add_argument("--batch-size", type=int, help="by default 200")
+    sub.add_argument("--lr", type=float, help="by default 1e-3")
+    sub.add_argument("--weight-decay", type=float, help="by default 0")
+    sub.add_argument("--augment", action=argparse.BooleanOptionalAction, help="flips and crops; by default for cifar10")
+    sub.add_argument("--optimizer", choices=list(training.OPTIMIZERS), help="by default adam")
+    sub.add_argument(
+        "--against", nargs="*", choices=targeted.COMPANIONS, default=list(targeted.COMPANIONS),
+        help="what targeted poison is compared with",
+    )  # fmt: skip
     sub.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of certification")
     sub.add_argument("--count", type=int, default=500, help="test images of the class to certify")
@@ -177,7 +172,9 @@ def add_audit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--work", default="audit", help="folder for victims, results files, curves, audit.json")
 
 
-def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequence[str]], int]) -> int:
+def run_audit(
+    options: argparse.Namespace, data: Dataset, device: torch.device, main: Callable[[Sequence[str]], int]
+) -> int:
     """Trains and certifies, prints the table; every step is a pacd-fast command, printed as one would type it."""
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
@@ -187,8 +184,13 @@ def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequen
     poisons = {name: Poison.load(path) for name, path in files.items()}
     for poison in poisons.values():
         poison.apply(data)  # before any training: is it for these data?
+    of_targets = [name for name, poison in poisons.items() if "adversarial_class" in poison.settings]
+    if of_targets:
+        if len(of_targets) < len(poisons):
+            raise ValueError("targeted poison and poison of a class are judged differently: audit them one by one")
+        return _audit_targets(options, data, poisons, device)
     first = next(iter(poisons.values())).settings
-    target = first.get("target_class") if options.target_class is None else class_of(options.target_class, data)
+    target = first.get("target_class") if options.target_class is None else data.class_index(options.target_class)
     if target is None:
         raise ValueError("the poison file does not say which class it is for: give --target-class")
     sigmas = [p.settings["sigma"] for p in poisons.values() if p.settings.get("sigma")]
@@ -199,8 +201,12 @@ def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequen
     if options.method == "standard":  # trained without noise, certified with it
         given.pop("sigma", None)
     recipe: list[object] = [part for name, value in given.items() for part in (f"--{name}", value)]
-    recipe += ["--epochs", options.epochs, "--batch-size", options.batch_size, "--lr", options.lr]
-    recipe += ["--weight-decay", options.weight_decay, "--dtype", options.train_dtype]
+    for name in ("epochs", "batch_size", "lr", "weight_decay", "optimizer"):
+        if getattr(options, name) is not None:
+            recipe += [f"--{name.replace('_', '-')}", getattr(options, name)]
+    if options.augment is not None:
+        recipe.append("--augment" if options.augment else "--no-augment")
+    recipe += ["--dtype", options.train_dtype]
     plan = audit.Audit(
         source=source(options),
         method=options.method,
@@ -229,6 +235,28 @@ def run_audit(options: argparse.Namespace, data: Dataset, main: Callable[[Sequen
     return 0
 
 
+def _audit_targets(
+    options: argparse.Namespace, data: Dataset, poisons: Mapping[str, Poison], device: torch.device
+) -> int:
+    """MetaPoison: how often do victims take the targets for the adversarial class, and what does it cost elsewhere?"""
+    names = ("model", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "augment")
+    changes = {name: getattr(options, name) for name in names}
+    work = Path(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, poison in poisons.items():
+        recipe = targeted.Recipe.of(poison, **changes)
+        found[name] = targeted.audit(
+            poison, data, recipe, count=options.seeds, seed=options.first_seed, against=options.against,
+            out=work / f"{name}.jsonl", device=device, progress=True,
+        )  # fmt: skip
+        print(f"{name}: test images {poison.settings['target_index']} to be taken for "
+              f"{data.class_names[poison.settings['adversarial_class']]}\n{targeted.table(found[name])}")  # fmt: skip
+    (work / "audit.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"victims {work}/*.jsonl, everything {work / 'audit.json'}", file=sys.stderr)
+    return 0
+
+
 def source(options: argparse.Namespace) -> tuple[object, ...]:
     """The flags that name the data, for a further command."""
     flags: list[object] = ["--data", options.data, "--validation", options.validation]
@@ -242,7 +270,9 @@ def load(options: argparse.Namespace) -> Dataset:
     if getattr(options, "attack", None) is not None:
         preset = PRESETS[preset_of(options)]
         held: dict[str, Any] = {"validation": preset.validation, "train_images": preset.train_images}
-        if Path(options.data).stem == "mnist5k":
+        if options.attack == "metapoison":
+            held = {}
+        elif Path(options.data).stem == "mnist5k":
             held = {"validation": 500, "train_images": None}
     else:
         held = Poison.load(options.poison[0]).settings

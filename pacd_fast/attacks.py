@@ -6,10 +6,11 @@ import torch
 
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import Standard
+from pacd_fast.metapoison import MetaPoison, metapoison
 from pacd_fast.pacd import Accuracy, Radius, Recipe, choose, pacd
 from pacd_fast.poison import Ball, Poison
 
-__all__ = ["Accuracy", "Radius", "Recipe", "pacd", "random", "standard", "watermark"]
+__all__ = ["Accuracy", "MetaPoison", "Radius", "Recipe", "metapoison", "pacd", "random", "standard", "watermark"]
 
 
 def standard(data: Dataset, **arguments: object) -> Poison:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CURVATURES", "SOLVERS", "Composite", "Solved", "SolverWarning", "hypergradient", "solve"]
+from pacd_fast.unrolling import unrolled
+
+__all__ = ["CURVATURES", "SOLVERS", "Composite", "Solved", "SolverWarning", "hypergradient", "solve", "unrolled"]
 
 Product = Callable[[Tensor], Tensor]
 """A symmetric matrix times a vector: [n] -> [n]."""

@@ -88,6 +88,14 @@ class Dataset:
                 digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:12]
 
+    def class_index(self, text: str) -> int:
+        """A class by its name or number. ValueError where there is none."""
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if text.isdecimal() and int(text) < self.num_classes:
+            return int(text)
+        raise ValueError(f"{self.name} has no class {text!r}: it has {', '.join(self.class_names)}")
+
     def tag(self, which: str) -> str:
         """What a results file calls the images of one split: ``mnist-test@0123456789ab``, ``mnist-val5000@...``."""
         held_out = len(self.split(which)[0]) if which == "val" else ""
@@ -108,7 +116,8 @@ def load(
     fashion-mnist, cifar10 (from data_dir in torchvision's layout, or the idx files lying in it; with download, fetched
     into it where they are missing); or the path of an .npz with x_train, y_train, x_test, y_test: images uint8 or float
     in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W], labels integers from 0. Where the shape does not tell the last
-    two apart, a string entry ``layout`` ("NHWC" or "NCHW") in the file does. Pickled objects in it are refused.
+    two apart, a string entry ``layout`` ("NHWC" or "NCHW") in the file does. Pickled objects in it are refused. A file
+    called cifar10.npz or fashion-mnist.npz gets those classes' names.
     validation: how many images, the last ones of the training set, to hold out as the split "val"; the papers hold out
     5 000 for MNIST and for CIFAR-10.
     train_images: how many training images to keep, the first ones; by default all that are not held out.
@@ -126,7 +135,9 @@ def load(
     elif name.endswith(".npz"):
         arrays = _npz(Path(name))
         largest = max(arrays["y_train"].max(), arrays["y_test"].max())
-        class_names = tuple(str(label) for label in range(largest + 1))
+        class_names = {"cifar10": _CIFAR10, "fashion-mnist": _FASHION}.get(Path(name).stem, ())
+        if len(class_names) != largest + 1:
+            class_names = tuple(str(label) for label in range(largest + 1))
         name = re.sub(r"[\s\"]", "_", Path(name).stem)
     else:
         raise ValueError(f"unknown data {name!r}: give {', '.join(NAMES)} or the path of an .npz file")

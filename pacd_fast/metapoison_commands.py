@@ -8,36 +8,21 @@ from pathlib import Path
 
 import torch
 
-from pacd_fast import models, plots
+from pacd_fast import plots
 from pacd_fast.datasets import Dataset
 from pacd_fast.metapoison import OBJECTIVES, MetaPoison, metapoison
 from pacd_fast.poison import Ball, Poison
 
-__all__ = ["add_arguments", "attack_of", "class_of", "fraction", "run", "targets_of"]
+__all__ = ["add_arguments", "attack_of", "fraction", "run", "targets_of"]
 
 
 def fraction(text: str) -> float:
-    """A number, or a quotient such as 16/255.  Raises ValueError for anything else."""
+    """A number, or a quotient such as 16/255; for argparse, which names the flag where it is neither."""
     above, slash, below = text.partition("/")
     try:
         return float(above) / (float(below) if slash else 1.0)
-    except (ValueError, ZeroDivisionError) as error:
+    except ZeroDivisionError as error:
         raise ValueError(f"{text!r} is no number and no quotient such as 16/255") from error
-
-
-def class_of(text: str, data: Dataset) -> int:
-    """A class by its name or number; CIFAR-10's names hold for an .npz file called cifar10 too.
-
-    Raises ValueError where there is no such class.
-    """
-    names = data.class_names
-    if data.name == "cifar10" and len(names) == 10:
-        names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < data.num_classes:
-        return int(text)
-    raise ValueError(f"no class {text!r}: give one of {', '.join(names)}, or a number below {data.num_classes}")
 
 
 def targets_of(numbers: list[int], target_class: int | None, data: Dataset) -> tuple[int, ...]:
@@ -57,15 +42,12 @@ def targets_of(numbers: list[int], target_class: int | None, data: Dataset) -> t
     return tuple(held[number] for number in numbers)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the attack; by default the authors' settings."""
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    """The flags that this attack has alone; by default the authors' settings.  The rest are those of `poison`."""
     parser.add_argument("--target-index", type=int, nargs="+", default=[0], help="test images to be misclassified")
-    parser.add_argument("--target-class", help="count --target-index among the test images of this class")
     parser.add_argument("--poison-class", help="name or number of the class whose training images are perturbed")
     parser.add_argument("--adversarial-class", help="what the targets are to be taken for; default: the poison class")
     parser.add_argument("--budget", type=float, default=0.1, help="share of the training images that is perturbed")
-    parser.add_argument("--epsilon", default="16/255", help="largest change of a pixel, of 1")
-    parser.add_argument("--model", default="resnet20", help=f"{', '.join(models.BUILT_IN)} or package.module:function")
     parser.add_argument("--surrogates", type=int, default=24)
     parser.add_argument("--unroll", type=int, default=2, help="SGD steps to look ahead")
     parser.add_argument("--craft-steps", type=int, default=60)
@@ -74,35 +56,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--objective", choices=OBJECTIVES, default="cross-entropy")
     parser.add_argument("--confidence", type=float, default=0.0, help="margin after which carlini-wagner stops")
-    parser.add_argument("--epochs", type=int, default=100, help="after which a surrogate starts again")
     parser.add_argument("--batch-size", type=int, default=125)
     parser.add_argument("--lr", type=float, default=0.1, help="of the surrogates")
     parser.add_argument("--optimizer", choices=["momentum", "sgd"], default="momentum", help="of the surrogates")
     parser.add_argument("--recompute", action="store_true", help="save memory: evaluate unrolled steps twice")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def attack_of(options: argparse.Namespace, data: Dataset) -> MetaPoison:
     """The settings on a command line.  Raises ValueError, one line that says what to do."""
     if options.poison_class is None:
         raise ValueError("metapoison needs a --poison-class: the class whose training images it may perturb")
-    poison_class = class_of(options.poison_class, data)
-    target_class = None if options.target_class is None else class_of(options.target_class, data)
+    poison_class = data.class_index(options.poison_class)
+    target_class = None if options.target_class is None else data.class_index(options.target_class)
     given = options.adversarial_class
     return MetaPoison(
         poison_class=poison_class,
-        adversarial_class=poison_class if given is None else class_of(given, data),
+        adversarial_class=poison_class if given is None else data.class_index(given),
         target_index=targets_of(options.target_index, target_class, data),
         budget=options.budget,
-        ball=Ball(fraction(str(options.epsilon))),
-        model=options.model,
+        ball=Ball(16 / 255 if options.epsilon is None else options.epsilon),
+        model=options.model or "resnet20",
         surrogates=options.surrogates,
         unroll=options.unroll,
         steps=options.craft_steps,
         craft_lr=options.craft_lr,
         objective=options.objective,
         confidence=options.confidence,
-        epochs=options.epochs,
+        epochs=100 if options.epochs is None else options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
         momentum=0.9 if options.optimizer == "momentum" else 0.0,

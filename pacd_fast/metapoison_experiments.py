@@ -19,7 +19,6 @@ from pacd_fast import datasets, plots, targeted, training, victims
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import Standard, layout
 from pacd_fast.metapoison import MetaPoison, metapoison
-from pacd_fast.metapoison_commands import class_of
 from pacd_fast.poison import Poison
 from pacd_fast.results import mean_and_deviation
 
@@ -121,7 +120,7 @@ class _Setup:
 
     def attack(self, pair: tuple[int, str, str], **changes: Any) -> MetaPoison:
         target, _, poison_class = pair
-        number = class_of(poison_class, self.data)
+        number = self.data.class_index(poison_class)
         settings = {"poison_class": number, "adversarial_class": number, "target_index": (target,), "seed": self.seed}
         return MetaPoison(**{**(_SMALL if self.small else {}), **settings, **changes})
 
@@ -316,7 +315,7 @@ def _transfer(setup: _Setup) -> Report:
 def _behaviour(setup: _Setup) -> Report:
     """Figure 6: weight trajectories, distances in feature space, and the kinds of attack."""
     pair = setup.pairs[0]
-    attack, third = setup.attack(pair), class_of(_THIRD, setup.data)
+    attack, third = setup.attack(pair), setup.data.class_index(_THIRD)
     kinds = {
         "default": (_name(pair), pair[2], attack),
         "third-party": (f"{_name(pair)}-{_THIRD}", _THIRD, dataclasses.replace(attack, poison_class=third)),

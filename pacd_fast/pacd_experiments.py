@@ -351,14 +351,13 @@ def _fig7(bench: _Bench) -> None:
 
 def _d6(bench: _Bench) -> None:
     """A few test images, each by poison in the nearest 1 % of the data (D.6: birds, epsilon 0.06, 0.63 -> 0.26)."""
-    from pacd_fast import attack_commands, datasets
+    from pacd_fast import datasets
 
     target = 2 if bench.data == "cifar10" else 8
-    found_options = argparse.Namespace(**vars(bench.options))
     name = "mnist5k" if bench.embedded else bench.options.data
-    data = datasets.load(name, data_dir=found_options.data_dir)
+    data = datasets.load(name, data_dir=bench.options.data_dir)
     images = datasets.random_subset(data.y_test, target, 2 if bench.options.small else 5, 0).tolist()
-    sigma, epsilon = (0.25, attack_commands.number("0.06")) if bench.data == "cifar10" else (0.5, 0.2)
+    sigma, epsilon = (0.25, 0.06) if bench.data == "cifar10" else (0.5, 0.2)
     scale = dataclasses.replace(bench.scale, seeds=min(3, bench.scale.seeds), others=0)
     clean, poisoned = [], []
     for image in images:

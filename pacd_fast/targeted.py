@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,15 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pacd_fast import models, ops, training, victims
+from pacd_fast import ops, training, victims
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import Standard, eval_mode, layout
 from pacd_fast.metapoison import margin
 from pacd_fast.poison import Poison
 from pacd_fast.results import mean_and_deviation
 
-__all__ = ["COMPANIONS", "Recipe", "Victim", "add_arguments", "audit", "judge", "noise", "run", "summary", "table"]
-__all__ += ["watermark"]
+__all__ = ["COMPANIONS", "Recipe", "Victim", "audit", "judge", "noise", "summary", "table", "watermark"]
 
 COMPANIONS = ("clean", "noise", "watermark")
 """What poison is compared with: no poison, random noise and a watermark on the same images in the same ball."""
@@ -308,36 +306,4 @@ def audit(
         if progress:
             one = found[name]
             print(f"{name}: success {one['successes']}/{one['trials']}, margin {one['margin']:.2f}", file=sys.stderr)
-    return found
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of judging; what is not given is as the poison's surrogates were trained."""
-    parser.add_argument("--victims", type=int, default=8, help="victims to train from scratch on each kind of images")
-    parser.add_argument("--seed", type=int, default=0, help="of the first victim")
-    parser.add_argument("--against", nargs="*", choices=COMPANIONS, default=list(COMPANIONS), help="to compare with")
-    parser.add_argument("--model", help=f"{', '.join(models.BUILT_IN)} or package.module:function")
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--lr", type=float)
-    parser.add_argument("--optimizer", choices=list(training.OPTIMIZERS))
-    parser.add_argument("--weight-decay", type=float)
-    parser.add_argument("--augment", action=argparse.BooleanOptionalAction, default=None, help="flips and crops")
-
-
-def run(
-    options: argparse.Namespace,
-    poison: Poison,
-    data: Dataset,
-    device: torch.device | str = "cpu",
-    out: str | os.PathLike[str] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """`audit` with the flags of `add_arguments`; prints the table."""
-    names = ("model", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "augment")
-    recipe = Recipe.of(poison, **{name: getattr(options, name) for name in names})
-    found = audit(
-        poison, data, recipe,
-        count=options.victims, seed=options.seed, against=options.against, out=out, device=device, progress=True,
-    )  # fmt: skip
-    print(table(found))
     return found
