@@ -92,7 +92,7 @@ def attack_of(options: argparse.Namespace, data: Dataset) -> MetaPoison:
 
 
 def run(options: argparse.Namespace, data: Dataset, device: torch.device | str = "cpu") -> Poison:
-    """Crafts the poison of a command line into --out, resuming from `out`.partial, and draws it beside it (.png)."""
+    """Crafts the poison of a command line into --out (--resume: from `out`.partial), and draws it beside it (.png)."""
     attack, out = attack_of(options, data), Path(options.out)
     attack.chosen(data)
     if not out.parent.is_dir():
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, data: Dataset, device: torch.device | str =
     if out.is_dir():
         raise ValueError(f"{out} is a folder; give the name of a file")
     partial = out.with_name(out.name + ".partial")
-    poison = metapoison(data, attack, device=device, checkpoint=partial, resume=True, progress=True)
+    poison = metapoison(data, attack, device=device, checkpoint=partial, resume=options.resume, progress=True)
     poison.save(out)
     partial.unlink(missing_ok=True)
     picture = out.with_suffix(".png")

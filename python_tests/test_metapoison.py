@@ -6,11 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +21,7 @@ from torch.nn import functional as F
 
 from pacd_fast import attack_commands, datasets, metapoison_commands, targeted
 from pacd_fast import metapoison as module
+from pacd_fast.__main__ import main
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.metapoison import MetaPoison, adversarial_loss, margin, metapoison
 from pacd_fast.poison import Ball, Poison
@@ -303,6 +307,47 @@ def test_the_command_line(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             metapoison_commands.attack_of(options(*bad), data)
+
+
+def test_poison_and_audit_as_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = small()
+    arrays = {name: getattr(data, name).numpy() for name in ("x_train", "y_train", "x_test", "y_test")}
+    np.savez("small.npz", **arrays)
+    source = ["--data", "small.npz", "--device", "cpu"]
+    craft = [
+        "--attack",
+        "metapoison",
+        "--poison-class",
+        "1",
+        "--target-index",
+        "0",
+        "--epsilon",
+        "16/255",
+        "--epochs",
+        "2",
+    ]
+    craft += ["--surrogates", "2", "--craft-steps", "2", "--lr", "0.01", "--model", TINY, "--batch-size", "16"]
+    assert main(["poison", *source, *craft, "--out", "p.npz"]) == 0 and Path("p.png").exists()
+    poison = Poison.load("p.npz")
+    assert float(poison.distortion(datasets.load("small.npz")).max()) <= 16 / 255
+    judge = ["audit", *source, "--poison", "p.npz", "--seeds", "2", "--epochs", "3", "--batch-size", "20"]
+    capsys.readouterr()
+    assert main(judge) == 0
+    said = capsys.readouterr().out
+    for name in ("clean", "metapoison", "noise", "watermark"):
+        assert re.search(rf"^{name} +[0-2]/2 ", said, re.MULTILINE)
+    found = json.loads(Path("audit/audit.json").read_text())["p"]
+    assert found["clean"]["victims"] == 2 and 0 <= found["metapoison"]["low"] <= found["metapoison"]["high"] <= 1
+    lines = Path("audit/p.jsonl").read_text()
+    assert len(lines.splitlines()) == 8
+    assert main(judge) == 0 and Path("audit/p.jsonl").read_text() == lines  # nobody is trained twice
+    assert main([*judge, "--against", "clean", "--optimizer", "sgd", "--lr", "0.2", "--work", "other"]) == 0
+    assert len(Path("other/p.jsonl").read_text().splitlines()) == 4
+    random = ["poison", *source, "--attack", "random", "--target-class", "1", "--validation", "0", "--out", "r.npz"]
+    assert main(random) == 0
+    assert main([*judge, "--poison", "p.npz", "r.npz"]) == 2
+    assert "audit them one by one" in capsys.readouterr().err.splitlines()[-1]
 
 
 def digits(per_class: int = 80) -> Dataset:
