@@ -247,7 +247,7 @@ def pacd(
             "--clean-batch"
         )
     settings = {
-        "target_class": target_class, "loss": str(loss), "upper": str(upper), "model": model, "seed": seed,
+        "target_class": target_class, "loss": str(loss), "upper": getattr(upper, "__qualname__", str(upper)), "model": model, "seed": seed,
         "fraction": fraction, "targets": None if targets is None else list(targets), "sigma": sigma,
         **dataclasses.asdict(recipe),
     }  # fmt: skip
