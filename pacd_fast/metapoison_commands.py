@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, data: Dataset, device: torch.device | str =
     poison.save(out)
     partial.unlink(missing_ok=True)
     picture = out.with_suffix(".png")
-    plots.poison_images(poison, data, picture)
+    plots.poison(poison, data, picture)
     last = poison.settings["history"][-1]
     print(
         f"{out}: {len(poison.index)} poisons for test images {list(attack.target_index)}; the surrogates' target loss "

@@ -144,7 +144,7 @@ class _Setup:
         )
         poison.save(path)
         partial.unlink(missing_ok=True)
-        plots.poison_images(poison, self.data, path.with_suffix(".png"))
+        plots.poison(poison, self.data, path.with_suffix(".png"))
         return poison
 
     def snapshot(self, name: str, step: int) -> Path:

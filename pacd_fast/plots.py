@@ -138,7 +138,8 @@ def poison(
 ) -> None:
     """Draw some images three times: as they were, with their poison, and the difference, amplified to full contrast.
 
-    The images are those with the largest perturbations (l2), all of which lie in the ball.
+    The images are those with the largest perturbations (l2), all of which lie in the ball.  Above them stand the test
+    images that the poison is aimed at, where its settings name a target_index.
     Raises ValueError for no poison or an unknown ending, FileNotFoundError where the folder does not exist.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,13 +160,17 @@ def poison(
         "poison": poisoned[shown],
         f"difference, x{0.5 / scale:.2g}": 0.5 + 0.5 * delta / scale,
     }
-    figure = Figure(figsize=(1.0 * len(shown) + 1.0, 3.4), layout="constrained")
+    if poison.settings.get("target_index"):
+        rows = {"target": as_float(data.x_test[poison.settings["target_index"][:images]]), **rows}
+    figure = Figure(figsize=(1.0 * len(shown) + 1.0, 0.4 + 1.0 * len(rows)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
         raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
-    axes = figure.subplots(3, len(shown), squeeze=False)
+    axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for place, picture in zip(line, pictures, strict=True):
+        for place in line[len(pictures) :]:
+            place.axis("off")
+        for place, picture in zip(line, pictures, strict=False):
             place.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             place.set_xticks([])
             place.set_yticks([])
@@ -315,31 +320,6 @@ def panels(given: Sequence[Panel], out_path: str | os.PathLike[str], columns: in
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=6, frameon=True, framealpha=0.9, edgecolor="none")
-    figure.savefig(out_path, dpi=200)
-
-
-def poison_images(poison: Poison, data: Dataset, out_path: str | os.PathLike[str], count: int = 8) -> None:
-    """Draw the targets, then poisons, the images they replace and the difference, spread over the range (MetaPoison,
-    figure 2): `count` columns, evenly spaced among the poisons.
-
-    Raises as `panels` does; poison without targets has no first row.
-    """
-    targets = poison.settings.get("target_index", [])
-    rows = 3 + bool(targets)
-    figure = _figure(out_path, (0.8 * count, 0.85 * rows))
-    axes = figure.subplots(rows, count, squeeze=False)
-    for each in axes.flat:
-        each.axis("off")
-    chosen = np.linspace(0, len(poison.index) - 1, min(count, len(poison.index))).astype(int)
-    base, images = as_float(data.x_train[poison.index[chosen]]), as_float(poison.images[chosen])
-    difference = 0.5 + (images - base) / (2 * poison.ball.epsilon)
-    shown = [("target", as_float(data.x_test[targets[:count]]))] if targets else []
-    shown += [("poison", images), ("original", base), ("difference", difference.clamp(0, 1))]
-    for row, (name, pictures) in zip(axes, shown, strict=True):
-        row[0].set_title(name, fontsize=7, loc="left")
-        for each, picture in zip(row, pictures, strict=False):
-            pixels = picture.permute(1, 2, 0).numpy()
-            each.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=1)
     figure.savefig(out_path, dpi=200)
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from pacd_fast import attack_commands, datasets, metapoison_commands, targeted
+from pacd_fast import attack_commands, datasets, metapoison_commands, plots, targeted
 from pacd_fast import metapoison as module
 from pacd_fast.__main__ import main
 from pacd_fast.datasets import Dataset, as_float
@@ -142,7 +143,7 @@ def test_the_meta_gradient_is_that_of_the_written_out_epoch(model):
 
 
 @pytest.mark.parametrize("objective", ["cross-entropy", "carlini-wagner"])
-def test_poison_keeps_its_constraints_and_says_what_it_is(objective):
+def test_poison_keeps_its_constraints_and_says_what_it_is(objective, monkeypatch, tmp_path):
     data, plan = small(), attack(objective=objective, confidence=5.0, target_index=(0, 2), budget=0.2, craft_lr=5.0)
     steps = []
     poison = metapoison(data, plan, after_step=lambda step, now: steps.append((step, now.distortion(data).max())))
@@ -153,6 +154,11 @@ def test_poison_keeps_its_constraints_and_says_what_it_is(objective):
     assert kept["target_index"] == [0, 2] and kept["target_labels"] == [0, 2] and kept["surrogates"] == 3
     assert [line["step"] for line in kept["history"]] == [0, 1, 2, 3] and kept["history"][0]["lost"] == 0
     assert json.loads(json.dumps(kept)) == kept
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **named: drawn.extend(self.axes))
+    plots.poison(poison, data, tmp_path / "poison.png", images=3)
+    assert len(drawn) == 4 * 3 and drawn[0].get_ylabel() == "target" and not drawn[2].images
+    assert np.array_equal(drawn[1].images[0].get_array(), as_float(data.x_test[2, 0]).numpy())
     changed = (poison.apply(data).x_train != data.x_train).flatten(1).any(1).nonzero().flatten()
     assert set(changed.tolist()) <= set(poison.index.tolist())
 

@@ -6,13 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from pacd_fast import plots
-from pacd_fast.datasets import Dataset, as_float
-from pacd_fast.poison import Ball, Poison
 from pacd_fast.results import Results, Run, summarize
 
 RUN = Run(100, 100_000, 0.001, 0.5, 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
@@ -124,7 +121,7 @@ def test_refuses(tmp_path):
         plots.certified_accuracy({"a": many()}, tmp_path / "absent" / "a.png")
 
 
-def test_panels_and_poison_images(monkeypatch, tmp_path):
+def test_panels(monkeypatch, tmp_path):
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *given, **named: saved.append(self))
     lines = {"clean": ([1, 2], [0.5, 0.6]), "poison": ([1, 2, 3], [0.4, 0.3, 0.1])}
@@ -140,15 +137,3 @@ def test_panels_and_poison_images(monkeypatch, tmp_path):
         plots.panels(panels, tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         plots.panels(panels, tmp_path / "absent" / "a.png")
-
-    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8)
-    labels = torch.zeros(6, dtype=torch.int64)
-    data = Dataset("small", images[:4], labels[:4], images[4:], labels[4:], images[:0], labels[:0], ("x", "y"))
-    u = as_float(images[:3]) + 0.1
-    for settings, rows in (({"target_index": [1]}, 4), ({}, 3)):
-        poison = Poison.craft("some", data, torch.arange(3), u, Ball(0.05), settings)
-        plots.poison_images(poison, data, tmp_path / "b.png", count=3)
-        axes = np.array(saved[-1].axes).reshape(rows, 3)
-        shown = [float(np.asarray(each.images[0].get_array()).mean()) for each in axes[-3:, 0]]
-        assert shown[0] == pytest.approx(float(as_float(poison.images[0]).mean())) and shown[2] > 0.5
-        assert bool(settings) == (axes[0, 0].get_title(loc="left") == "target")
