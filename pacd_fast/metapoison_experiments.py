@@ -83,10 +83,9 @@ def run(name: str, options: argparse.Namespace) -> Report:
     if options.victims < 1:
         raise ValueError(f"--victims must be at least 1, not {options.victims}")
     data = datasets.load(options.data, data_dir=options.data_dir, train_images=_SMALL_IMAGES if options.small else None)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    setup = _Setup(data, Path(options.work), options.small, options.victims, options.seed, device)
+    if options.device == "auto":  # kept, because the results file names the machine
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    setup = _Setup(data, Path(options.work), options.small, options.victims, options.seed, options.device)
     setup.work.mkdir(parents=True, exist_ok=True)
     return EXPERIMENTS[name].run(setup)
 
