@@ -11,6 +11,8 @@
 #include "normal.h"
 #include "quantile.h"
 
+#include <type_traits>
+
 namespace pacd {
 
 struct Half {
@@ -65,6 +67,9 @@ struct NoisyCopies {
   float sigma;
   bool channels_last;
 
+  static constexpr bool plain = std::is_same_v<Out, float> && !normalise;  // value() is fma(sigma, number, pixel), in float
+  PACD_INLINE bool scattered() const { return channels_last && channels > 1; }
+
   // What all elements of a row share.
   struct Row {
     NoiseKey key;
@@ -95,7 +100,7 @@ struct NoisyCopies {
   PACD_INLINE void put_run(const Row& at, int64_t begin, int64_t end, const float* numbers) const {
     const float* pixels = at.pixels;
     Out* target = at.target;
-    const bool scattered = channels_last && channels > 1;
+    const bool scattered = this->scattered();
     const bool whole = !normalise && !scattered;
     const int64_t plane = whole ? end : elements / channels;
     while (begin < end) {

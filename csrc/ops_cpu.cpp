@@ -17,10 +17,19 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
     const int64_t r = i / tiles, first = i - r * tiles;
     const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
     const typename Kernel::Row row = kernel.row(r);
-    for (int64_t tile = first; tile < last; tile += most) {
+    int64_t tile = first;
+    if constexpr (Kernel::plain) {  // whole tiles go where they belong at once
+      const int64_t whole = kernel.elements / tile_size < last ? kernel.elements / tile_size : last;
+      if (!kernel.scattered() && tile < whole) {
+        draw_tiles(rounds, row.key, tile, static_cast<int>(whole - tile), tile_size, row.target + tile * tile_size,
+                   row.pixels + tile * tile_size, kernel.sigma);
+        tile = whole;
+      }
+    }
+    for (; tile < last; tile += most) {
       const int64_t count = last - tile < most ? last - tile : most;
       const int64_t full = (tile + count) * tile_size, stop = full < kernel.elements ? full : kernel.elements;
-      draw_tiles(rounds, row.key, tile, static_cast<int>(count), static_cast<int>(tile_size - (full - stop)), numbers);
+      draw_tiles(rounds, row.key, tile, static_cast<int>(count), static_cast<int>(tile_size - (full - stop)), numbers, nullptr, 0.0f);
       kernel.put_run(row, tile * tile_size, stop, numbers);
     }
     i += last - first;

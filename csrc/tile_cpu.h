@@ -20,10 +20,14 @@ struct RoundKeys {
   }
 };
 
-PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, float* numbers) {
+PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, float* numbers, const float* pixels, float sigma) {
+  float* const begin = numbers;
   for (int i = 0; i < count; ++i, numbers += tile_size) {
     for (int lane = 0; lane < tile_lanes; ++lane)
       four_normals(random_words(key, static_cast<uint32_t>((first + i) * tile_lanes + lane)), numbers + lane, tile_lanes);
+  }
+  if (pixels) {
+    for (int i = 0; i < count * tile_size; ++i) begin[i] = fma(sigma, begin[i], pixels[i]);
   }
 }
 
@@ -53,7 +57,9 @@ PACD_V4 inline __attribute__((always_inline)) void philox_eight(__m512i w[4], co
 }
 
 // `wanted`: of the last tile only so many numbers are; where they are the first half, the other is not made.
-PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers) {
+// With pixels, numbers[i] becomes fma(sigma, number, pixels[i]) instead of the number: a pass over memory less.
+PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers,
+                               const float* pixels, float sigma) {
   const int64_t* keys = rounds.keys;
   const uint32_t top = (key.stream << 16) | static_cast<uint32_t>((key.image >> 32) & 0xFFFFu);
   const __m512i sample = _mm512_set1_epi64(key.sample), image = _mm512_set1_epi64(static_cast<uint32_t>(key.image));
@@ -75,6 +81,15 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
         numbers[lane] = a.first;
         numbers[lane + tile_lanes] = a.second;
       }
+    } else if (pixels) {
+      for (int lane = 0; lane < tile_lanes; ++lane) {
+        const NormalPair a = box_muller(words[0][lane], words[1][lane]), b = box_muller(words[2][lane], words[3][lane]);
+        numbers[lane] = fma(sigma, a.first, pixels[lane]);
+        numbers[lane + tile_lanes] = fma(sigma, a.second, pixels[lane + tile_lanes]);
+        numbers[lane + 2 * tile_lanes] = fma(sigma, b.first, pixels[lane + 2 * tile_lanes]);
+        numbers[lane + 3 * tile_lanes] = fma(sigma, b.second, pixels[lane + 3 * tile_lanes]);
+      }
+      pixels += tile_size;
     } else {
       for (int lane = 0; lane < tile_lanes; ++lane)
         four_normals({words[0][lane], words[1][lane], words[2][lane], words[3][lane]}, numbers + lane, tile_lanes);
@@ -83,19 +98,21 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
 }
 
 __attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int,
-                                                                 float* numbers) {
-  portable_tiles(key, first, count, numbers);
+                                                                 float* numbers, const float* pixels, float sigma) {
+  portable_tiles(key, first, count, numbers, pixels, sigma);
 }
 
 __attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int,
-                                                          float* numbers) {
-  portable_tiles(key, first, count, numbers);
+                                                          float* numbers, const float* pixels, float sigma) {
+  portable_tiles(key, first, count, numbers, pixels, sigma);
 }
 
 }  // namespace pacd
 #pragma GCC diagnostic pop
 #else
 namespace pacd {
-inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int, float* numbers) { portable_tiles(key, first, count, numbers); }
+inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int, float* numbers, const float* pixels, float sigma) {
+  portable_tiles(key, first, count, numbers, pixels, sigma);
+}
 }  // namespace pacd
 #endif
