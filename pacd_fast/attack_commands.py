@@ -116,7 +116,7 @@ def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, s
     method = "standard" if options.attack == "standard" else options.loss
     flags = {name: name if name == "sigma" else f"loss_{name}" for name in victims.hyperparameters()}
     given = {name: getattr(options, flag) for name, flag in flags.items() if getattr(options, flag) is not None}
-    if method == "macer":  # what the authors craft with; victims train with more (papers/pacd.md, E.3)
+    if method == "macer":  # what the authors craft with; victims train with more (Mehra et al. 2021, E.3)
         given = {"k": 2, "lam": 1.0, **given}
     loss = victims.loss_of(method, data.name, given)
     sigma = getattr(loss, "sigma", None)

@@ -1,6 +1,6 @@
 """How good a classifier is: accuracy, accuracy under noise, and the l2 distortion that an attack needs.
 
-The distortion is that of papers/pacd.md, 4.6: PGD against the soft smoothed classifier (Salman et al. 2019).
+The distortion is that of Mehra et al. 2021, 4.6: PGD against the soft smoothed classifier (Salman et al. 2019).
 """
 
 from __future__ import annotations

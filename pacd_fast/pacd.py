@@ -1,4 +1,4 @@
-"""PACD: clean-label poison that lowers the certified radius of a class (papers/pacd.md, algorithms 1 and 2).
+"""PACD: clean-label poison that lowers the certified radius of a class (Mehra et al. 2021, algorithms 1 and 2).
 
 The upper loss is the soft certified radius of validation images, the lower one the victim's own training loss.
 """
@@ -14,128 +14,24 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from pacd_fast import _C, models, ops
-from pacd_fast.bilevel import CURVATURES, SOLVERS, Composite, SolverWarning, hypergradient
+from pacd_fast import _C, models
+from pacd_fast.bilevel import Composite, SolverWarning, hypergradient
 from pacd_fast.datasets import Dataset, as_float, random_subset
-from pacd_fast.losses import Gaussian, Loss, SmoothAdv, at_least, layout, positive
+from pacd_fast.losses import Gaussian, Loss, SmoothAdv
+from pacd_fast.pacd_settings import PRESETS, Accuracy, Preset, Radius, Recipe, Upper
 from pacd_fast.poison import Ball, Poison
 from pacd_fast.training import mix
 
 __all__ = ["PRESETS", "Accuracy", "Preset", "Radius", "Recipe", "Upper", "choose", "lower_problem", "pacd"]
 
 clock = time.monotonic  # what max_seconds counts; benchmarks/bench_solvers.py takes the processor's time
-UPPER_STREAM = 4  # the noise of the upper loss; training's is 2, evaluation's 3
-
-
-class Upper(Protocol):
-    """What the attacker lowers: images [B, ...] and labels [B] of the target class to a scalar."""
-
-    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Radius:
-    """The mean certified radius of the soft smoothed classifier: softmax at inverse temperature beta over `copies`
-    noisy copies, 0 for images that are wrong (algorithm 1; squeeze keeps Phi^-1 finite, as the authors do it)."""
-
-    sigma: float
-    copies: int = 20
-    beta: float = 16.0
-    squeeze: float = 0.001
-
-    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        noisy = ops.noisy_copies(x, self.sigma, self.copies, seed, stream=UPPER_STREAM, memory_format=layout(x))
-        logits = model(noisy).view(len(x), self.copies, -1)
-        return ops.soft_radius(logits, y, beta=self.beta, sigma=self.sigma, squeeze=self.squeeze).mean()
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Minus the cross-entropy, without noise: standard poisoning, which is after the accuracy (equation 4, whose
-    minimum is meant as the worst validation loss)."""
-
-    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        return -F.cross_entropy(model(x.contiguous(memory_format=layout(x))), y)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the bilevel problem is solved; the defaults are the authors' for MNIST, but for the linear solver.
-
-    epochs: passes over the poison images, a batch of which is one outer step; clean_batch, poison_batch: images of a
-    lower-level batch; upper_batch: validation images of an outer step; lower_steps, lower_lr: Adam's steps on the
-    weights before each outer step; outer_lr: Adam's rate on the poison; restart: weights, their optimiser and the
-    linear system's solution start anew after so many epochs; solver to rank: see `bilevel.hypergradient` (minres,
-    because MACER's loss is not convex in the logits: its Gauss-Newton matrix is indefinite, and cg stops at once).
-    """
-
-    epochs: int = 50
-    clean_batch: int = 900
-    poison_batch: int = 100
-    upper_batch: int = 100
-    lower_steps: int = 10
-    lower_lr: float = 1e-3
-    outer_lr: float = 0.1
-    restart: int = 10
-    solver: str = "minres"
-    curvature: str = "gauss-newton"
-    solver_steps: int = 10
-    damping: float = 1e-3
-    tolerance: float = 0.1
-    solver_lr: float = 1e-2
-    rank: int = 10
-
-    def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "clean_batch",
-            "poison_batch",
-            "upper_batch",
-            "lower_steps",
-            "restart",
-            "solver_steps",
-            "rank",
-        ):
-            at_least(name, getattr(self, name), 1)
-        for name in ("lower_lr", "outer_lr", "solver_lr"):
-            positive(name, getattr(self, name))
-        if self.solver not in SOLVERS:
-            raise ValueError(f"unknown solver {self.solver!r}: give {', '.join(SOLVERS)}")
-        if self.curvature not in CURVATURES:
-            raise ValueError(f"unknown curvature {self.curvature!r}: give {' or '.join(CURVATURES)}")
-
-    def solver_options(self) -> dict[str, Any]:
-        """The options of this solver alone."""
-        if self.solver == "nystrom":
-            return {"rank": self.rank}
-        return {"lr": self.solver_lr} if self.solver == "adam" else {}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A setting of the paper (appendix E): recipe, ball, network, copies in the upper loss, and the data's split."""
-
-    recipe: Recipe
-    epsilon: float
-    model: str
-    copies: int
-    validation: int = 5000
-    train_images: int | None = None
-
-
-PRESETS = {
-    "mnist": Preset(Recipe(), 0.1, "mnist-cnn", 20),
-    "mnist-small": Preset(Recipe(epochs=40, clean_batch=400, restart=10), 0.1, "mnist-cnn", 20, train_images=5000),
-    "cifar10": Preset(Recipe(clean_batch=180, poison_batch=20, upper_batch=20, solver_lr=1e-3), 0.03, "resnet20", 5),
-}
 
 
 def lower_problem(
@@ -144,7 +40,7 @@ def lower_problem(
     """A training loss as (poison batch, weights) -> scalar, and the weights of the network as they are.
 
     The batch is the clean images and after them the poison; labels y [clean + poison].  SmoothAdv's perturbation is
-    found at these weights and then held (papers/pacd.md, 4.3).
+    found at these weights and then held (Mehra et al. 2021, 4.3).
     """
     names = [name for name, _ in network.named_parameters()]
     weights = tuple(p.detach() for p in network.parameters())

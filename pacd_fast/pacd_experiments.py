@@ -1,4 +1,4 @@
-"""The tables and figures of papers/pacd.md, each as one resumable command: craft, audit, ours beside the paper's.
+"""The tables and figures of Mehra et al. 2021, each a resumable command: craft, audit, ours beside the paper's.
 
 `--small` fits on two CPU cores; every number of a scale can be given instead.
 """
@@ -433,7 +433,7 @@ def _preset(name: str, text: str, experiment: Callable[[_Bench], None], smaller:
         experiment(_Bench(options, main, scale))
         return 0
 
-    return Preset(f"{text} (papers/pacd.md)".replace("papers/pacd.md", "Mehra et al. 2021"), add_arguments, run)
+    return Preset(f"{text} (Mehra et al. 2021)", add_arguments, run)
 
 
 PRESETS = {name: _preset(name, *each) for name, each in _RUNS.items()}

@@ -1,4 +1,4 @@
-"""Poisoning linear classifiers, where the bilevel problem has an answer on paper (papers/pacd.md, 3.4, A and D.2).
+"""Poisoning linear classifiers, where the bilevel problem has an answer on paper (Mehra et al. 2021, 3.4, A and D.2).
 
 One dimension, two classes, squared loss in the lower level: the classifier is a threshold t, and the radius of a point
 is its distance to t.  Two isotropic Gaussians: the poison moves a mean, and the decision boundary with it.
