@@ -1,8 +1,8 @@
 """The gradient of an upper loss through the minimiser of a lower one, by the implicit function theorem.
 
 For inner* = argmin lower(outer, .), d upper / d outer = grad_outer upper - (d^2 lower / d outer d inner) q, where
-H q = grad_inner upper and H is the Hessian of lower in inner (Mehra et al. 2021, appendices B and C).  The linear system
-is solved with products H v alone.
+H q = grad_inner upper and H is the Hessian of lower in inner (Mehra et al. 2021, appendices B and C).  The linear
+system is solved with products H v alone.
 """
 
 from __future__ import annotations
