@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pacd_fast.unrolling import unrolled
 
@@ -274,19 +275,41 @@ def _along(values: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, at, strict=True)]
 
 
-def _gauss_newton(lower: Composite, outputs: Tensor, inner: tuple[Tensor, ...]) -> Product:
-    """v -> J^T (d^2 loss / d outputs^2) J v, J the derivative of the outputs in inner."""
-    leaf = outputs.detach().requires_grad_()
+def _tangent(outputs: Callable[[tuple[Tensor, ...]], Tensor], inner: Sequence[Tensor], v: Sequence[Tensor]) -> Any:
+    """outputs(inner) and its derivative along v, by dual numbers: for residual networks several times faster than the
+    backward pass of a backward pass, whose convolutions are slow on a CPU."""
+    with forward_ad.dual_level():
+        dual = outputs(tuple(forward_ad.make_dual(p.detach(), w) for p, w in zip(inner, v, strict=True)))
+        value, tangent = forward_ad.unpack_dual(dual)
+    return value, torch.zeros_like(value) if tangent is None else tangent
+
+
+def _gauss_newton(
+    lower: Composite, outputs: Callable[[tuple[Tensor, ...]], Tensor], value: Tensor, inner: tuple[Tensor, ...]
+) -> Product:
+    """v -> J^T (d^2 loss / d outputs^2) J v, J the derivative of the outputs in inner; value: outputs(inner)."""
+    leaf = value.detach().requires_grad_()
     (slope,) = torch.autograd.grad(lower.loss(leaf), leaf, create_graph=True)
-    dual = torch.zeros_like(outputs, requires_grad=True)  # J^T dual is linear in dual, its derivative there is J
-    pulled = torch.autograd.grad(outputs, inner, grad_outputs=dual, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
-        (pushed,) = _along(pulled, [dual], _shaped(v, inner))
+        with torch.no_grad():
+            _, pushed = _tangent(outputs, inner, _shaped(v, inner))
         (bent,) = _along([slope], [leaf], [pushed])
-        return _flat(torch.autograd.grad(outputs, inner, grad_outputs=bent, retain_graph=True))
+        return _flat(torch.autograd.grad(value, inner, grad_outputs=bent, retain_graph=True))
 
     return product
+
+
+def _mixed(
+    lower: Composite, outputs: Callable[[tuple[Tensor, ...]], Tensor], inner: Sequence[Tensor], outer: Sequence[Tensor],
+    q: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """d <d loss(outputs) / d inner, q> / d outer = d <d loss / d outputs, J q> / d outer."""
+    value, pushed = _tangent(outputs, inner, q)
+    if not value.requires_grad:  # the outputs do not depend on outer
+        return [torch.zeros_like(t) for t in outer]
+    (slope,) = torch.autograd.grad(lower.loss(value), value, create_graph=True)
+    return _gradients((slope * pushed).sum(), outer)
 
 
 def hypergradient(
@@ -314,7 +337,8 @@ def hypergradient(
         outer, inner: a tensor or a sequence of tensors, as the losses take them.
         solver, steps, tolerance, warm_start, options: see `solve`.
         curvature: "hessian" of lower, exact but indefinite away from a minimum (then take minres), or "gauss-newton",
-            positive semi-definite, for a lower that is a `Composite`.
+            positive semi-definite, for a lower that is a `Composite`, whose outputs must have forward-mode derivatives
+            (torch's own operators have).
         damping: added to the curvature's diagonal.
         with_solution: return (gradient, Solved, upper's value, lower's value); Solved.q is the next warm start.
 
@@ -333,18 +357,24 @@ def hypergradient(
     u = outers[0] if isinstance(outer, Tensor) else outers
     v = inners[0] if isinstance(inner, Tensor) else inners
 
-    def call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return function(u, v) if seed is None else function(u, v, seed=seed)
+    noise = {} if seed is None else {"seed": seed}
+    composite = lower if isinstance(lower, Composite) and curvature == "gauss-newton" else None
+
+    def outputs(at: tuple[Tensor, ...]) -> Tensor:
+        assert composite is not None
+        return composite.outputs(u, at[0] if isinstance(inner, Tensor) else at, **noise)
 
     with torch.enable_grad():
-        cost = call(upper)
+        cost = upper(u, v, **noise)
         direct = _gradients(cost, (*outers, *inners))
         b = _flat(direct[len(outers) :])
-        training = call(lower)
-        slope = _gradients(training, inners, create_graph=True)
-        if isinstance(lower, Composite) and curvature == "gauss-newton":
-            product = _gauss_newton(lower, call(lower.outputs), inners)
+        if composite is not None:
+            value = outputs(inners)
+            training = composite.loss(value.detach())
+            product = _gauss_newton(composite, outputs, value, inners)
         else:
+            training = lower(u, v, **noise)
+            slope = _gradients(training, inners, create_graph=True)
 
             def product(w: Tensor) -> Tensor:
                 return _flat(_along(slope, inners, _shaped(w, inners)))
@@ -366,7 +396,11 @@ def hypergradient(
                 SolverWarning,
                 stacklevel=2,
             )
-        mixed = _along(slope, outers, _shaped(found.q, inners))
+        answer = _shaped(found.q, inners)
+        if composite is not None:
+            mixed = _mixed(composite, outputs, inners, outers, answer)
+        else:
+            mixed = _along(slope, outers, answer)
     gradient = tuple((g - m).detach() for g, m in zip(direct, mixed, strict=False))
     result = gradient[0] if isinstance(outer, Tensor) else gradient
     return (result, found, cost.detach(), training.detach()) if with_solution else result
