@@ -1,15 +1,17 @@
 """One outer step of PACD against the same step written plainly, as the authors' program does it.
 
 The plain step: ten lower steps, ten of Adam on ||H q - grad||^2 with two Hessian-vector products each, every product on
-a graph and a noise of its own, the default layout.  Both start from one trained network; residuals are measured on one
-noise after the step.
+a graph and a noise of its own, the default layout.  Both start from one trained network and have the same images.
+Residuals are those of the system that our step solves; the plain one, whose noise changes, has no system of its own.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,9 @@ from pacd_fast.datasets import as_float
 from pacd_fast.losses import Gaussian
 
 CLEAN, POISON, VALIDATION, COPIES, SIGMA, DAMPING = 400, 100, 100, 20, 0.5, 1e-3
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "ours, minres, 10 Gauss-Newton products": {"solver": "minres"},
-    "ours, cg, 5 Gauss-Newton products": {"solver": "cg", "solver_steps": 5},
+    "ours, cg, 5 Gauss-Newton products": {"solver": "cg", "steps": 5},
     "ours, minres, 10 Hessian products": {"solver": "minres", "curvature": "hessian"},
 }
 PLAIN = "plain: Adam on the normal equations, 20 Hessian products"
@@ -85,43 +87,45 @@ def plain_step(network: nn.Module, data: datasets.Dataset) -> tuple[Tensor, list
     return -mixed, [t.detach() for t in q]
 
 
-class OurStep:
-    """The outer step of `pacd`, over and over from one network."""
-
-    def __init__(self, network: nn.Module, data: datasets.Dataset, **settings: object) -> None:
-        recipe = pacd.Recipe(clean_batch=CLEAN, poison_batch=POISON, tolerance=1e-9, **settings)  # type: ignore[arg-type]
-        chosen = (data.y_train == 8).nonzero().flatten()
-        clean = (data.y_train != 8).nonzero().flatten()
-        loss = Gaussian(SIGMA)
-        self.state = pacd._State(data, chosen, "mnist-cnn", recipe, 0, torch.device("cpu"), "{}")
-        self.state.network.load_state_dict(network.state_dict())
-        x_val, y_val = data.x_val[data.y_val == 8], data.y_val[data.y_val == 8]
-        ball = pacd.Ball(0.1)
-        self.loop = pacd._Loop(data, clean, x_val, y_val, loss, pacd.Radius(SIGMA), ball, recipe, 0, self.state)
-
-    def __call__(self) -> Tensor:
-        self.state.q = None  # from nothing, as the plain one
-        self.loop._outer_step()
-        assert self.state.q is not None
-        return self.state.q
-
-
-def residual(network: nn.Module, data: datasets.Dataset, q: Tensor, curvature: str) -> float:
-    """||(C + s I) q - b|| / ||b|| on one noise, C the Hessian or the Gauss-Newton matrix."""
-    clean, poison, y, x_val = batches(data)
-    problem, weights = pacd.lower_problem(network, Gaussian(SIGMA), clean, y, 1, poison)
+def upper_of(network: nn.Module, x_val: Tensor) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
+    """The soft radius of the validation images as a function of (poison, weights)."""
     names = [name for name, _ in network.named_parameters()]
+    labels = torch.full((len(x_val),), 8)
 
     def cost(u: Tensor, inner: tuple[Tensor, ...]) -> Tensor:
         def model(x: Tensor) -> Tensor:
             return torch.func.functional_call(network, dict(zip(names, inner, strict=True)), (x,))
 
-        return pacd.Radius(SIGMA)(model, x_val, torch.full((len(x_val),), 8), seed=2)
+        return pacd.Radius(SIGMA, COPIES)(model, x_val, labels, seed=2)
 
+    return cost
+
+
+def our_step(network: nn.Module, data: datasets.Dataset, **settings: Any) -> Tensor:
+    """What an outer step of `pacd` does, on the batches of the plain one; the solution q."""
+    clean, poison, y, x_val = batches(data)
+    loss, images = Gaussian(SIGMA), torch.cat([clean, poison])
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    for step in range(10):
+        optimizer.zero_grad(set_to_none=True)
+        loss(network, images, y, seed=step + 10).backward()
+        optimizer.step()
+    problem, weights = pacd.lower_problem(network, loss, clean, y, 1, poison)
+    settings = {"curvature": "gauss-newton", "steps": 10, "tolerance": 0.0, **settings}
+    _, found, *_ = hypergradient(
+        upper_of(network, x_val), problem, poison, weights, damping=DAMPING, with_solution=True, **settings
+    )
+    return found.q
+
+
+def residual(network: nn.Module, data: datasets.Dataset, q: Tensor, curvature: str) -> float:
+    """||(C + s I) q - b|| / ||b||, C the Hessian or the Gauss-Newton matrix, on the noise that our step solves with."""
+    clean, poison, y, x_val = batches(data)
+    problem, weights = pacd.lower_problem(network, Gaussian(SIGMA), clean, y, 1, poison)
     # one step of Adam that stops at once reports the residual of its start
     _, found, *_ = hypergradient(
-        cost, problem, poison, weights, solver="adam", curvature=curvature, damping=DAMPING, steps=1, tolerance=1e9,
-        warm_start=q, with_solution=True,
+        upper_of(network, x_val), problem, poison, weights, solver="adam", curvature=curvature, damping=DAMPING,
+        steps=1, tolerance=1e9, warm_start=q, with_solution=True,
     )  # fmt: skip
     return found.residual
 
@@ -138,13 +142,12 @@ def measured(name: str, steps: int) -> tuple[list[float], float]:
             times.append(time.perf_counter() - began)
         return times, residual(network, data, torch.cat([t.reshape(-1) for t in q]), "hessian")
     _C.keep_freed_memory()
-    step, times = OurStep(network, data, **OURS[name]), []
+    times = []
     for _ in range(steps):
         began = time.perf_counter()
-        solution = step()
+        solution = our_step(network, data, **OURS[name])
         times.append(time.perf_counter() - began)
-    curvature = str(OURS[name].get("curvature", "gauss-newton"))
-    return times, residual(step.state.network, data, solution, curvature)
+    return times, residual(network, data, solution, OURS[name].get("curvature", "gauss-newton"))
 
 
 def main(steps: int = 5) -> None:
