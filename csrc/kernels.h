@@ -78,7 +78,7 @@ struct NoisyCopies {
   };
 
   PACD_INLINE Row row(int64_t r) const {
-    const int64_t image = r / copies;
+    const int64_t image = (r | copies) < 0x100000000 ? static_cast<uint32_t>(r) / static_cast<uint32_t>(copies) : r / copies;  // quicker
     const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
     return {{seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))}, x + image * elements, out + r * elements};
   }

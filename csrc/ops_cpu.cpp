@@ -13,24 +13,26 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
   constexpr int64_t most = 16;   // tiles at a time, so that their numbers stay in the first cache
   alignas(64) float numbers[most * tile_size];
   const RoundKeys rounds(kernel.seed);
-  for (int64_t i = begin; i < end;) {
-    const int64_t r = i / tiles, first = i - r * tiles;
+  int64_t r = begin / tiles, first = begin - r * tiles;  // the row, and the tile in it
+  for (int64_t i = begin; i < end; ++r, first = 0) {
     const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
     const typename Kernel::Row row = kernel.row(r);
-    int64_t tile = first;
-    if constexpr (Kernel::plain) {  // whole tiles go where they belong at once
-      const int64_t whole = kernel.elements / tile_size < last ? kernel.elements / tile_size : last;
-      if (!kernel.scattered() && tile < whole) {
-        draw_tiles(rounds, row.key, tile, static_cast<int>(whole - tile), tile_size, row.target + tile * tile_size,
-                   row.pixels + tile * tile_size, kernel.sigma);
-        tile = whole;
+    // The elements before the end of tile `stop`, and how many of them are in the last tile.
+    const auto end_of = [&](int64_t stop) { return stop * tile_size < kernel.elements ? stop * tile_size : kernel.elements; };
+    const auto wanted = [&](int64_t stop) { return static_cast<int>(end_of(stop) - (stop - 1) * tile_size); };
+    bool written = false;
+    if constexpr (Kernel::plain) {  // where they belong at once
+      if (!kernel.scattered()) {
+        const int64_t at = first * tile_size;
+        draw_tiles(rounds, row.key, first, static_cast<int>(last - first), wanted(last), row.target + at, row.pixels + at,
+                   kernel.sigma);
+        written = true;
       }
     }
-    for (; tile < last; tile += most) {
-      const int64_t count = last - tile < most ? last - tile : most;
-      const int64_t full = (tile + count) * tile_size, stop = full < kernel.elements ? full : kernel.elements;
-      draw_tiles(rounds, row.key, tile, static_cast<int>(count), static_cast<int>(tile_size - (full - stop)), numbers, nullptr, 0.0f);
-      kernel.put_run(row, tile * tile_size, stop, numbers);
+    for (int64_t tile = first; tile < last && !written; tile += most) {
+      const int64_t stop = last - tile < most ? last : tile + most;
+      draw_tiles(rounds, row.key, tile, static_cast<int>(stop - tile), wanted(stop), numbers, nullptr, 0.0f);
+      kernel.put_run(row, tile * tile_size, end_of(stop), numbers);
     }
     i += last - first;
   }

@@ -20,14 +20,20 @@ struct RoundKeys {
   }
 };
 
-PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, float* numbers, const float* pixels, float sigma) {
-  float* const begin = numbers;
-  for (int i = 0; i < count; ++i, numbers += tile_size) {
+// The numbers of `count` tiles from `first` on, of the last tile only `wanted`.  With pixels, fma(sigma, number, pixel)
+// instead, and nothing is written behind the last one.
+PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, int wanted, float* out, const float* pixels,
+                                float sigma) {
+  for (int i = 0; i < count; ++i, out += tile_size) {
+    alignas(64) float drawn[tile_size];
+    float* numbers = pixels ? drawn : out;
     for (int lane = 0; lane < tile_lanes; ++lane)
       four_normals(random_words(key, static_cast<uint32_t>((first + i) * tile_lanes + lane)), numbers + lane, tile_lanes);
-  }
-  if (pixels) {
-    for (int i = 0; i < count * tile_size; ++i) begin[i] = fma(sigma, begin[i], pixels[i]);
+    if (pixels) {
+      const int length = i == count - 1 ? wanted : tile_size;
+      for (int j = 0; j < length; ++j) out[j] = fma(sigma, numbers[j], pixels[j]);
+      pixels += tile_size;
+    }
   }
 }
 
@@ -56,8 +62,7 @@ PACD_V4 inline __attribute__((always_inline)) void philox_eight(__m512i w[4], co
   }
 }
 
-// `wanted`: of the last tile only so many numbers are; where they are the first half, the other is not made.
-// With pixels, numbers[i] becomes fma(sigma, number, pixels[i]) instead of the number: a pass over memory less.
+// As portable_tiles; where the first half of the last tile is enough, the other is not made.
 PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers,
                                const float* pixels, float sigma) {
   const int64_t* keys = rounds.keys;
@@ -75,11 +80,28 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
     philox_eight(high, keys);
     alignas(64) uint32_t words[4][tile_lanes];
     for (int w = 0; w < 4; ++w) _mm512_store_si512(words[w], _mm512_permutex2var_epi32(low[w], even, high[w]));
-    if (i == count - 1 && wanted <= tile_size / 2) {
+    if (i == count - 1 && wanted < tile_size) {
+      alignas(64) float drawn[tile_size];
+      float* last = pixels ? drawn : numbers;
+      if (wanted == tile_lanes && pixels) {  // 28 x 28 images: no sines, and no way round
+        for (int lane = 0; lane < tile_lanes; ++lane)
+          numbers[lane] = fma(sigma, box_muller(words[0][lane], words[1][lane]).first, pixels[lane]);
+        return;
+      }
       for (int lane = 0; lane < tile_lanes; ++lane) {
         const NormalPair a = box_muller(words[0][lane], words[1][lane]);
-        numbers[lane] = a.first;
-        numbers[lane + tile_lanes] = a.second;
+        last[lane] = a.first;
+        last[lane + tile_lanes] = a.second;
+      }
+      if (wanted > tile_size / 2) {
+        for (int lane = 0; lane < tile_lanes; ++lane) {
+          const NormalPair b = box_muller(words[2][lane], words[3][lane]);
+          last[lane + 2 * tile_lanes] = b.first;
+          last[lane + 3 * tile_lanes] = b.second;
+        }
+      }
+      if (pixels) {
+        for (int j = 0; j < wanted; ++j) numbers[j] = fma(sigma, drawn[j], pixels[j]);
       }
     } else if (pixels) {
       for (int lane = 0; lane < tile_lanes; ++lane) {
@@ -97,22 +119,22 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
   }
 }
 
-__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int,
+__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted,
                                                                  float* numbers, const float* pixels, float sigma) {
-  portable_tiles(key, first, count, numbers, pixels, sigma);
+  portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
 }
 
-__attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int,
+__attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted,
                                                           float* numbers, const float* pixels, float sigma) {
-  portable_tiles(key, first, count, numbers, pixels, sigma);
+  portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
 }
 
 }  // namespace pacd
 #pragma GCC diagnostic pop
 #else
 namespace pacd {
-inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int, float* numbers, const float* pixels, float sigma) {
-  portable_tiles(key, first, count, numbers, pixels, sigma);
+inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers, const float* pixels, float sigma) {
+  portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
 }
 }  // namespace pacd
 #endif
