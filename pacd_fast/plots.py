@@ -200,7 +200,9 @@ def bars(
     if not out_path.parent.is_dir():
         raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
     kinds = list(dict.fromkeys(kind for group in groups.values() for kind in group))
-    figure = Figure(figsize=(max(4.0, 0.35 * len(groups) * len(kinds) + 1.5), 3.2), layout="constrained")
+    longest = max(len(line) for name in groups for line in name.splitlines())
+    width = max(0.35 * len(kinds), 0.09 * longest) * len(groups) + 1.5
+    figure = Figure(figsize=(max(4.0, width), 3.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
         raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
