@@ -7,7 +7,6 @@ steps, at all stages of their training at once.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pacd_fast import _C, victims
+from pacd_fast import _C, checkpoints, victims
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import at_least, eval_mode, layout, not_negative, positive
 from pacd_fast.poison import Ball, Poison
@@ -402,15 +401,13 @@ class _Crafting:
         success = (before < 0).float().mean()
         return found.gradient, torch.stack([found.before, found.after, before.mean(), success])
 
-    def _described(self) -> str:
+    def _described(self) -> dict[str, Any]:
         ball = {"epsilon": self.attack.ball.epsilon, "norm": self.attack.ball.norm}
         data = {"data": self.data.fingerprint, "train_images": len(self.images)}
-        return json.dumps({**self.attack.settings(), **ball, **data})
+        return {**self.attack.settings(), **ball, **data}
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         state = {
-            "run": self._described(),
             "u": self.u.detach(),
             "adam": self.adam.state_dict(),
             "history": [dataclasses.asdict(step) for step in self.history],
@@ -425,29 +422,13 @@ class _Crafting:
                 for s in self.surrogates
             ],
         }
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        checkpoints.write(path, self._described(), state)
 
     def resume(self, path: Path) -> None:
         """Takes up the state in a file, where there is one.  Raises ValueError where it is not of this run."""
-        if not path.exists():
+        state = checkpoints.read(path, self._described(), "crafting", self.device)
+        if state is None:
             return
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            there, here = json.loads(state["run"]), json.loads(self._described())
-        except Exception as error:  # a damaged file fails in many ways, and all mean the same
-            raise ValueError(
-                f"{path} is not a crafting checkpoint ({type(error).__name__}); delete it to start again"
-            ) from error
-        for key, value in here.items():
-            if there.get(key) != value:
-                raise ValueError(
-                    f"{path} is of another run: {key} is {there.get(key)} there and {value} here; "
-                    "delete it to start again"
-                )
         with torch.no_grad():
             self.u.copy_(state["u"])
         self.adam.load_state_dict(state["adam"])

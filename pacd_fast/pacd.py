@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from pacd_fast import _C, models
+from pacd_fast import _C, checkpoints, models
 from pacd_fast.bilevel import Composite, SolverWarning, hypergradient
 from pacd_fast.datasets import Dataset, as_float, random_subset
 from pacd_fast.losses import Gaussian, Loss, SmoothAdv
@@ -157,9 +157,8 @@ def pacd(
         "fraction": fraction, "targets": None if targets is None else list(targets), "sigma": sigma,
         **dataclasses.asdict(recipe),
     }  # fmt: skip
-    state = _State(data, chosen, model, recipe, seed, torch.device(device), json.dumps({
-        **settings, "data": data.fingerprint, "epsilon": epsilon, "norm": norm,
-    }))  # fmt: skip
+    run = {**settings, "data": data.fingerprint, "epsilon": epsilon, "norm": norm}
+    state = _State(data, chosen, model, recipe, seed, torch.device(device), run)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and resume:
         state.load(path)
@@ -199,7 +198,14 @@ class _State:
     """Everything that changes while crafting, and its file."""
 
     def __init__(
-        self, data: Dataset, chosen: Tensor, model: str, recipe: Recipe, seed: int, device: torch.device, run: str
+        self,
+        data: Dataset,
+        chosen: Tensor,
+        model: str,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        run: dict[str, Any],
     ) -> None:
         self.chosen, self.device, self.run, self.recipe, self.seed = chosen, device, run, recipe, seed
         self.base = as_float(data.x_train[chosen]).to(device)
@@ -235,30 +241,15 @@ class _State:
     TENSORS = ("u", "first", "second", "visits")
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        content = {name: getattr(self, name) for name in (*self.NUMBERS, *self.TENSORS, "run", "q")}
+        content = {name: getattr(self, name) for name in (*self.NUMBERS, *self.TENSORS, "q")}
         content |= {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        try:
-            torch.save(content, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        checkpoints.write(path, self.run, content)
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of this very run; from the start where there is none yet."""
-        if not path.exists():
+        content = checkpoints.read(path, self.run, "crafting", self.device)
+        if content is None:
             return
-        try:
-            content = torch.load(path, weights_only=True, map_location=self.device)
-            there, here = json.loads(content["run"]), json.loads(self.run)
-        except Exception as error:  # a damaged file fails in many ways, and all mean the same
-            raise ValueError(
-                f"{path} is not a crafting checkpoint ({type(error).__name__}); delete it to start again"
-            ) from error
-        for key, value in here.items():
-            if there.get(key) != value:
-                was = there.get(key)
-                raise ValueError(f"{path} is of another run: {key} is {was} there and {value} here; delete it first")
         for name in (*self.NUMBERS, *self.TENSORS, "q"):
             setattr(self, name, content[name])
         self.network.load_state_dict(content["network"])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pacd_fast import _C
+from pacd_fast import _C, checkpoints
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import (
     METHODS,
@@ -183,7 +183,8 @@ def fit(
                 with open(metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             if checkpoint is not None:
-                _save(Path(checkpoint), model, method, epoch + 1, described)
+                state = {"model": model.state_dict(), "optimizer": method.state_dict(), "epoch": epoch + 1}
+                checkpoints.write(Path(checkpoint), described, state)
             if after_epoch is not None:
                 after_epoch(epoch, model)
     finally:
@@ -260,39 +261,11 @@ def _fields(loss: Any) -> str:
     return ", ".join(f"{field.name}={getattr(loss, field.name)}" for field in dataclasses.fields(loss))
 
 
-def _save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, described: dict[str, Any]
-) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
-        "run": json.dumps(described),
-    }
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:
     """Loads a checkpoint of this very run and returns the next epoch; 0 where there is none yet."""
-    if not path.exists():
+    state = checkpoints.read(path, described, "training", next(model.parameters()).device)
+    if state is None:
         return 0
-    try:
-        state = torch.load(path, weights_only=True)
-        there = json.loads(state["run"])
-    except Exception as error:  # a damaged file fails in many ways, and all mean the same
-        raise ValueError(
-            f"{path} is not a training checkpoint ({type(error).__name__}); delete it to start again"
-        ) from error
-    for key, value in described.items():
-        if there.get(key) != value:
-            raise ValueError(
-                f"{path} is of another run: {key} is {there.get(key)} there and {value} here; delete it to start again"
-            )
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
