@@ -26,6 +26,24 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = ("-", "--", "-.")
 
 
+def _figure(out_path: str | os.PathLike[str], size: tuple[float, float]) -> Figure:
+    """An empty figure for a file, inches.
+
+    Raises ValueError for an unknown ending, FileNotFoundError where the folder does not exist.
+    """
+    # Imported here because it takes long, and without pyplot, so that no window system or global state is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out_path = Path(out_path)
+    if not out_path.parent.is_dir():
+        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    figure = Figure(figsize=size, layout="constrained")
+    if out_path.suffix[1:].lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
+        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    return figure
+
+
 def certified_accuracy(
     results: Mapping[str, Results], out_path: str | os.PathLike[str], title: str | None = None
 ) -> None:
@@ -37,20 +55,11 @@ def certified_accuracy(
     out_path: its ending chooses the format (.png, .pdf, .svg).
     Raises ValueError for no results or an unknown ending, FileNotFoundError where the folder does not exist.
     """
-    # Imported here because it takes long, and without pyplot, so that no window system or global state is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     out_path = Path(out_path)
     if not results:
         raise ValueError("no results to draw")
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
     with_bounds = {name: result.p_lower for name, result in results.items() if result.p_lower is not None}
-    figure = Figure(figsize=(7.2 if with_bounds else 4.8, 3.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
-        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    figure = _figure(out_path, (7.2 if with_bounds else 4.8, 3.2))
 
     styles = {
         name: (_COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
@@ -85,18 +94,10 @@ def flip_curves(
     (black, an upper bound on its robustness).
     Raises ValueError for nothing to draw or an unknown ending, FileNotFoundError where the folder does not exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     out_path = Path(out_path)
     if not curves:
         raise ValueError("no label-flip certificates to draw")
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
-        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    figure = _figure(out_path, (5.6, 3.6))
     axes = figure.subplots()
     right = 1.0
     for i, (name, (flips, accuracy)) in enumerate(curves.items()):
@@ -142,14 +143,9 @@ def poison(
     images that the poison is aimed at, where its settings name a target_index.
     Raises ValueError for no poison or an unknown ending, FileNotFoundError where the folder does not exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     out_path = Path(out_path)
     if len(poison.index) == 0:
         raise ValueError("the poison changes no image: there is nothing to draw")
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
     base, poisoned = as_float(data.x_train[poison.index]), as_float(poison.images)
     size = (poisoned - base).flatten(1).norm(dim=1)
     shown = size.argsort(descending=True, stable=True)[:images]
@@ -162,10 +158,7 @@ def poison(
     }
     if poison.settings.get("target_index"):
         rows = {"target": as_float(data.x_test[poison.settings["target_index"][:images]]), **rows}
-    figure = Figure(figsize=(1.0 * len(shown) + 1.0, 0.4 + 1.0 * len(rows)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
-        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    figure = _figure(out_path, (1.0 * len(shown) + 1.0, 0.4 + 1.0 * len(rows)))
     axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for place in line[len(pictures) :]:
@@ -191,21 +184,13 @@ def bars(
 
     Raises ValueError for nothing to draw or an unknown ending, FileNotFoundError where the folder does not exist.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     out_path = Path(out_path)
     if not groups:
         raise ValueError("nothing to draw")
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
     kinds = list(dict.fromkeys(kind for group in groups.values() for kind in group))
     longest = max(len(line) for name in groups for line in name.splitlines())
     width = max(0.35 * len(kinds), 0.09 * longest) * len(groups) + 1.5
-    figure = Figure(figsize=(max(4.0, width), 3.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    if out_path.suffix[1:].lower() not in canvas.get_supported_filetypes():
-        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
+    figure = _figure(out_path, (max(4.0, width), 3.2))
     axes, width = figure.subplots(), 0.8 / len(kinds)
     for i, kind in enumerate(kinds):
         places = [g + (i - (len(kinds) - 1) / 2) * width for g, group in enumerate(groups.values()) if kind in group]
@@ -323,17 +308,3 @@ def panels(given: Sequence[Panel], out_path: str | os.PathLike[str], columns: in
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=6, frameon=True, framealpha=0.9, edgecolor="none")
     figure.savefig(out_path, dpi=200)
-
-
-def _figure(out_path: str | os.PathLike[str], size: tuple[float, float]) -> Figure:
-    """An empty figure that can be written to out_path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    out_path = Path(out_path)
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
-    figure = Figure(figsize=size, layout="constrained")
-    if out_path.suffix[1:].lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
-        raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
-    return figure
