@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import beta
 from statsmodels.stats.proportion import proportion_confint
 
 from benchmarks.report import medians, record
-from pacd_fast import ops
+from pacd_fast import _C, ops
 
 
 def row(
@@ -89,6 +90,40 @@ def bounds(device: str) -> list[dict[str, Any]]:
     return [*rows, row("normal_quantile, verified", "quantile", p.numel(), times, None, "-")]
 
 
+def pooling(device: str) -> list[dict[str, Any]]:
+    """The first pooling of the MNIST network, a batch of 200; bytes: what has to be read and written once.
+
+    Freed memory is kept, as in training, for both sides: else the pages of the results are what is measured.
+    """
+    _C.keep_freed_memory()
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(200, 20, 24, 24, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        ours, peer = ops.max_pool_relu(leaf), F.relu(F.max_pool2d(leaf, 2))
+        slope, size = torch.randn_like(peer), x.numel() * x.element_size()
+        name = f"max_pool_relu 200 x 20 x 24 x 24 {str(dtype).removeprefix('torch.')}"
+        times = medians(
+            {
+                "ours": lambda x=x: ops.max_pool_relu(x),
+                "peer": lambda x=x: F.relu(F.max_pool2d(x, 2)),
+                "limit": lambda x=x: x.sum(),
+            },
+            rounds=41,
+        )
+        rows.append(row(name, "element", x.numel(), times, size * 5 // 4, "sum"))
+        times = medians(
+            {
+                "ours": lambda ours=ours, leaf=leaf, slope=slope: torch.autograd.grad(ours, leaf, slope, True),
+                "peer": lambda peer=peer, leaf=leaf, slope=slope: torch.autograd.grad(peer, leaf, slope, True),
+                "limit": lambda x=x: x.clone(memory_format=torch.preserve_format),
+            },
+            rounds=41,
+        )
+        rows.append(row(f"{name}, gradient", "element", x.numel(), times, size * 9 // 4, "clone"))
+    return rows
+
+
 def main() -> None:
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() and ops.cuda_library == "loaded" else [])):
         threads = torch.get_num_threads()
@@ -96,7 +131,7 @@ def main() -> None:
             torch.set_num_threads(1)
             record("noise on one thread", noise(device), device)
             torch.set_num_threads(threads)
-        record("operators", [*noise(device), *votes(device), *bounds(device)], device)
+        record("operators", [*noise(device), *votes(device), *bounds(device), *pooling(device)], device)
 
 
 if __name__ == "__main__":

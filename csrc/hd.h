@@ -24,6 +24,16 @@
 #define PACD_CLONES
 #endif
 
+// Before a loop over lanes: not peeled into scalar code before the vectoriser sees it.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define PACD_LANES _Pragma("GCC unroll 1")
+// Before a loop whose reads and writes never overlap.
+#define PACD_NO_ALIAS _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#else
+#define PACD_LANES
+#define PACD_NO_ALIAS
+#endif
+
 namespace pacd {
 
 // Written out rather than std::fma so that g++ sees the builtin and vectorises it.

@@ -11,6 +11,7 @@
 #include "normal.h"
 #include "quantile.h"
 
+#include <limits>
 #include <type_traits>
 
 namespace pacd {
@@ -33,6 +34,7 @@ PACD_INLINE float to_float(Half x) {
   const uint32_t special = 0x7F800000u | (magnitude << 13);
   return bits_as<float>((magnitude >= 0x7C00u ? special : bits_as<uint32_t>(finite)) | sign);
 }
+
 
 // Rounding to nearest, ties to even, like torch.
 PACD_INLINE void convert(float x, float* out) { *out = x; }
@@ -192,6 +194,112 @@ struct ChernoffPairs {
                                     pairs[2 * item],            pairs[2 * item + 1], 0.0, reach};
     problem.solve(team, t + item, log_tail + item);
   }
+};
+
+// 2x2 max-pooling and ReLU of x [N, H, W, C]: of each window the first largest number, if it is above 0.  PoolPick reads
+// another tensor there (x itself: the pooled values), PoolSpread writes there and 0 elsewhere.  Each is the other's
+// derivative, so that all derivatives are these two.
+//
+// It is a choice, not arithmetic, so that numbers are taken as signed integers of their width, of any floating type; and
+// written with masks, which the compiler turns into SIMD where it would not turn conditions.  An item is a window, in all
+// channels or, with span 1, in one.
+template <class Bits>
+struct Windows {
+  int64_t height, width, channels, span;
+  Bits infinity;  // the bits of it
+  const Bits* x;
+
+  // Of an item's first channel: at the window's first corner, and in the pooled tensor.
+  struct Place {
+    int64_t in, out;
+  };
+
+  PACD_INLINE Place place(int64_t item) const {
+    const int64_t groups = channels / span, pixel = item / groups, c = (item - pixel * groups) * span;
+    const int64_t columns = width / 2, rows = height / 2;
+    const int64_t line = pixel / columns, j = pixel - line * columns, image = line / rows, i = line - image * rows;
+    return {((image * height + 2 * i) * width + 2 * j) * channels + c, pixel * channels + c};
+  }
+
+  // -1 for true, 0 for false.
+  static PACD_INLINE Bits mask(bool truth) { return static_cast<Bits>(-static_cast<Bits>(truth)); }
+
+  // An integer of the same order as the number; NaN is the largest, as in torch.
+  PACD_INLINE Bits order(Bits number) const {
+    constexpr Bits most = std::numeric_limits<Bits>::max();
+    const Bits magnitude = number & most, nan = mask(magnitude > infinity);
+    const Bits finite = magnitude ^ mask(number < 0);
+    return static_cast<Bits>((finite & ~nan) | (most & nan));
+  }
+
+  // Masks of the corner that is chosen, if any.
+  struct Choice {
+    Bits corner[4];
+  };
+
+  PACD_INLINE Choice choice(Bits a, Bits b, Bits c, Bits d) const {
+    a = order(a), b = order(b), c = order(c), d = order(d);
+    const Bits ab = a > b ? a : b, cd = c > d ? c : d, best = ab > cd ? ab : cd;
+    const Bits some = mask(best > 0);
+    const Bits first = mask(a == best) & some, second = mask(b == best) & some & ~first;
+    const Bits third = mask(c == best) & some & ~first & ~second;
+    return {{first, second, third, static_cast<Bits>(some & ~first & ~second & ~third)}};
+  }
+
+  // Runs of a length that the compiler knows, for SIMD; the last may overlap the one before.
+  template <class Kernel>
+  PACD_INLINE void runs(const Kernel& kernel, const Place& at) const {
+    const int64_t count = span;
+    if (count >= 16) {
+      for (int64_t c = 0; c < count; c += 16) kernel.template run<16>(at, c + 16 <= count ? c : count - 16);
+    } else if (count >= 4) {
+      for (int64_t c = 0; c < count; c += 4) kernel.template run<4>(at, c + 4 <= count ? c : count - 4);
+    } else {
+      for (int64_t c = 0; c < count; ++c) kernel.template run<1>(at, c);
+    }
+  }
+};
+
+template <class Bits>
+struct PoolPick : Windows<Bits> {
+  const Bits* other;
+  Bits* out;
+
+  template <int length>
+  PACD_INLINE void run(const typename Windows<Bits>::Place& at, int64_t first) const {
+    const int64_t right = this->channels, below = this->width * this->channels, both = below + right;
+    const Bits *x = this->x + at.in + first, *from = other + at.in + first;
+    Bits* target = out + at.out + first;
+    PACD_NO_ALIAS for (int c = 0; c < length; ++c) {
+      const auto chosen = this->choice(x[c], x[c + right], x[c + below], x[c + both]);
+      target[c] = static_cast<Bits>((from[c] & chosen.corner[0]) | (from[c + right] & chosen.corner[1]) |
+                                    (from[c + below] & chosen.corner[2]) | (from[c + both] & chosen.corner[3]));
+    }
+  }
+
+  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, this->place(item)); }
+};
+
+template <class Bits>
+struct PoolSpread : Windows<Bits> {
+  const Bits* grad;
+  Bits* out;
+
+  template <int length>
+  PACD_INLINE void run(const typename Windows<Bits>::Place& at, int64_t first) const {
+    const int64_t right = this->channels, below = this->width * this->channels, both = below + right;
+    const Bits *x = this->x + at.in + first, *from = grad + at.out + first;
+    Bits* target = out + at.in + first;
+    PACD_NO_ALIAS for (int c = 0; c < length; ++c) {
+      const auto chosen = this->choice(x[c], x[c + right], x[c + below], x[c + both]);
+      target[c] = from[c] & chosen.corner[0];
+      target[c + right] = from[c] & chosen.corner[1];
+      target[c + below] = from[c] & chosen.corner[2];
+      target[c + both] = from[c] & chosen.corner[3];
+    }
+  }
+
+  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, this->place(item)); }
 };
 
 struct NormalQuantile {

@@ -32,6 +32,8 @@ inline constexpr const char* schemas[] = {
     "normal_quantile(Tensor p, bool up) -> Tensor",
     "chernoff_newton(Tensor alpha, Tensor y, float q) -> (Tensor, Tensor)",
     "chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor pairs, float q, int classes) -> (Tensor, Tensor)",
+    "pool_pick(Tensor x, Tensor other) -> Tensor",
+    "pool_spread(Tensor x, Tensor grad) -> Tensor",
     "soft_smooth(Tensor logits, float beta) -> Tensor",
     "soft_smooth_backward(Tensor grad, Tensor logits, float beta) -> Tensor",
     "soft_radius(Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> Tensor",
@@ -207,6 +209,49 @@ void with_real_type(ScalarType dtype, Run run) {
   run(double{});
 }
 
+template <class Exec, template <class> class Kernel>
+Tensor pooled(const char* name, const Tensor& windows, const Tensor& numbers, std::vector<int64_t> size) {
+  STD_TORCH_CHECK(numbers.scalar_type() == windows.scalar_type(), name, ": expected two tensors of one dtype");
+  constexpr auto layout = torch::headeronly::MemoryFormat::ChannelsLast;
+  const Tensor x = torch::stable::contiguous(windows, layout), other = torch::stable::contiguous(numbers, layout);
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const bool odd = (height % 2 || width % 2) && size[2] == height && size[3] == width;  // a rim that no window covers
+  Tensor out = torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, layout);
+  if (odd) torch::stable::zero_(out);
+  if (x.numel() == 0) return out;
+  const int64_t span = Exec::channels_together ? channels : 1;
+  auto launch = [&](auto infinity) {
+    using Bits = decltype(infinity);
+    Exec::run_rows(Kernel<Bits>{{height, width, channels, span, infinity, static_cast<const Bits*>(x.data_ptr())},
+                                static_cast<const Bits*>(other.data_ptr()), static_cast<Bits*>(out.data_ptr())},
+                   x.size(0) * (height / 2) * (width / 2) * (channels / span), 4096 / span + 1, x);
+  };
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  name, ": expected a floating dtype");
+  if (dtype == ScalarType::Float) launch(int32_t{0x7F800000});
+  if (dtype == ScalarType::Double) launch(int64_t{0x7FF0000000000000});
+  if (dtype == ScalarType::BFloat16) launch(int16_t{0x7F80});
+  if (dtype == ScalarType::Half) launch(int16_t{0x7C00});
+  return out;
+}
+
+template <class Exec>
+Tensor pool_pick(Tensor x, Tensor other) {
+  STD_TORCH_CHECK(x.dim() == 4 && other.dim() == 4, "pool_pick: expected [N, C, H, W]");
+  for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(other.size(d) == x.size(d), "pool_pick: x and other differ in shape");
+  return pooled<Exec, PoolPick>("pool_pick", x, other, {x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2});
+}
+
+template <class Exec>
+Tensor pool_spread(Tensor x, Tensor grad) {
+  STD_TORCH_CHECK(x.dim() == 4 && grad.dim() == 4, "pool_spread: expected [N, C, H, W]");
+  for (int64_t d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(grad.size(d) == (d < 2 ? x.size(d) : x.size(d) / 2), "pool_spread: grad must have the pooled shape of x");
+  }
+  return pooled<Exec, PoolSpread>("pool_spread", x, grad, {x.size(0), x.size(1), x.size(2), x.size(3)});
+}
+
 inline void check_soft(const char* name, const Tensor& logits, double beta) {
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(1) > 0 && logits.size(2) > 1, name, ": logits must be [B, k, C], k > 0, C > 1");
   STD_TORCH_CHECK(beta > 0, name, ": beta must be positive");
@@ -255,6 +300,12 @@ template <class Exec>
 Tensor soft_radius(Tensor logits, Tensor labels, double beta, double sigma, double squeeze) {
   check_radius("soft_radius", logits, labels, squeeze);
   const Tensor mean = soft_smooth<Exec>(logits, beta), classes = torch::stable::contiguous(labels);
+  if constexpr (Exec::readable) {
+    const int64_t* label = static_cast<const int64_t*>(classes.data_ptr());
+    bool inside = true;
+    for (int64_t i = 0; i < classes.size(0); ++i) inside = inside && label[i] >= 0 && label[i] < mean.size(1);
+    STD_TORCH_CHECK(inside, "labels must be in [0, ", mean.size(1), ")");
+  }
   Tensor radius = torch::stable::new_empty(mean, {mean.size(0)});
   with_real_type(mean.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -290,6 +341,8 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("normal_quantile", TORCH_BOX(&normal_quantile<Exec>));
   library.impl("chernoff_newton", TORCH_BOX(&chernoff_newton<Exec>));
   library.impl("chernoff_newton_pairs", TORCH_BOX(&chernoff_newton_pairs<Exec>));
+  library.impl("pool_pick", TORCH_BOX(&pool_pick<Exec>));
+  library.impl("pool_spread", TORCH_BOX(&pool_spread<Exec>));
   library.impl("soft_smooth", TORCH_BOX(&soft_smooth<Exec>));
   library.impl("soft_smooth_backward", TORCH_BOX(&soft_smooth_backward<Exec>));
   library.impl("soft_radius", TORCH_BOX(&soft_radius<Exec>));

@@ -78,6 +78,9 @@ void split(int64_t count, int64_t grain, const Body& body) {
 }
 
 struct Cpu {
+  static constexpr bool channels_together = true;  // the channels of a pixel are one item's loop
+  static constexpr bool readable = true;           // a tensor's numbers can be looked at without waiting for a device
+
   template <class Kernel>
   static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor&) {
     const int64_t tiles = (kernel.elements + tile_size - 1) / tile_size;

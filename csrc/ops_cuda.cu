@@ -105,6 +105,8 @@ __global__ void __launch_bounds__(block_size) copies_kernel(Kernel kernel, int64
 }
 
 struct Cuda {
+  static constexpr bool channels_together = false, readable = false;
+
   static cudaStream_t stream(const Tensor& on) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "pacd_fast: this torch has no CUDA");
     void* stream = nullptr;

@@ -7,13 +7,6 @@
 
 #include "hd.h"
 
-// Before a loop over lanes: not peeled into scalar code before the vectoriser sees it.
-#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
-#define PACD_LANES _Pragma("GCC unroll 1")
-#else
-#define PACD_LANES
-#endif
-
 namespace pacd {
 
 template <class T>

@@ -150,6 +150,11 @@ def chernoff_newton_pairs(alpha: Tensor, y: Tensor, pairs: Tensor, q: float, cla
     return torch.from_numpy(t), torch.from_numpy(log_tail)
 
 
+def max_pool_relu(x: Tensor) -> Tensor:
+    """`pacd_fast.ops.max_pool_relu`."""
+    return torch.relu(torch.nn.functional.max_pool2d(x, 2))
+
+
 def soft_smooth(logits: Tensor, beta: float = 1.0) -> Tensor:
     """`pacd_fast.ops.soft_smooth`."""
     return torch.softmax(beta * logits, 2).mean(1)

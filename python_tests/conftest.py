@@ -143,6 +143,20 @@ def _tail_close(ours: Tensor, plain: Tensor) -> None:
     torch.testing.assert_close(ours[1], plain[1], rtol=1e-12, atol=1e-13)
 
 
+def _pooled() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Channels for SIMD and for what is left over, odd sizes, ties, infinities, and both layouts."""
+    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for shape in ((3, 20, 6, 4), (2, 50, 5, 7), (2, 16, 2, 2), (4, 1, 4, 4), (1, 3, 9, 2), (0, 4, 4, 4)):
+            x = torch.randn(shape).mul(2).round().to(dtype)
+            x[:, :, :2, :2] = x[:, :, :2, :2].abs().neg()
+            if len(x):
+                x.view(-1)[:: x.numel() // 2 + 1] = torch.tensor([torch.inf], dtype=dtype)
+            cases.append(((x.contiguous(memory_format=torch.channels_last),), {}))
+        cases.append(((x.new_ones(2, 5, 4, 4),), {}))
+    return [*cases, ((-torch.full((2, 4, 4, 4), torch.inf),), {}), ((-torch.zeros(2, 4, 4, 4),), {})]
+
+
 def _soft(labels: bool) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for shape in ((7, 16, 10), (3, 5, 3), (2, 37, 100), (4, 1, 2), (0, 4, 3)):
@@ -205,6 +219,10 @@ CASES = {
     ),
     "normal_quantile": Case(
         "normal_quantile", ops.normal_quantile, reference.normal_quantile, _quantile_arguments, _quantile_close
+    ),
+    "max_pool_relu": Case("pool_pick", ops.max_pool_relu, reference.max_pool_relu, _pooled, _same),
+    "max_pool_relu, gradient": Case(
+        "pool_spread", _gradient(ops.max_pool_relu), _gradient(reference.max_pool_relu), _pooled, _same
     ),
     "soft_smooth": Case("soft_smooth", ops.soft_smooth, reference.soft_smooth, partial(_soft, False), _soft_close),
     "soft_smooth, gradient": Case(

@@ -176,6 +176,46 @@ def test_gradient_is_the_sum_over_copies(memory_format):
     torch.testing.assert_close(second, 6 * y.detach().unflatten(0, (3, 5)).sum(1))
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_pooling_has_all_derivatives(layout):
+    x = torch.randn(2, 5, 6, 5, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    torch.autograd.gradcheck(ops.max_pool_relu, x, check_forward_ad=True, check_batched_grad=True)
+    curved = lambda x: ops.max_pool_relu(x).square()  # noqa: E731
+    torch.autograd.gradgradcheck(curved, x, check_fwd_over_rev=True)
+    v = torch.randn_like(x)
+    for ours, plain in zip(
+        torch.func.jvp(torch.func.grad(lambda x: curved(x).sin().sum()), (x.detach(),), (v,)),
+        torch.func.jvp(torch.func.grad(lambda x: reference.max_pool_relu(x).square().sin().sum()), (x.detach(),), (v,)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 5, 20])
+def test_pooling_keeps_a_nan_and_gives_it_the_gradient(dtype, channels):
+    x = torch.randn(2, channels, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    x[:, ::2, 1, 1], x[:, :, 2, 2] = torch.nan, -torch.tensor(torch.nan, dtype=dtype)  # of either sign
+    ours, plain = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.requires_grad_()
+    found, expected = ops.max_pool_relu(ours), reference.max_pool_relu(plain)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(9.0), expected.nan_to_num(9.0))
+    found.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("dims", [0, 1, 4])
+def test_pooling_of_stacked_images(dims):
+    x = torch.randn(3, 2, 5, 6, 4)
+    stacked = x.movedim(0, dims)
+    found = torch.func.vmap(ops.max_pool_relu, in_dims=dims)(stacked)
+    assert torch.equal(found, torch.stack([reference.max_pool_relu(each) for each in x]))
+    slope = torch.func.vmap(torch.func.grad(lambda x: ops.max_pool_relu(x).sin().sum()), in_dims=dims)(stacked)
+    plain = [torch.func.grad(lambda x: reference.max_pool_relu(x).sin().sum())(each) for each in x]
+    assert torch.equal(slope, torch.stack(plain))
+
+
 def test_compiles_without_a_break():
     def step(x: Tensor, counts: Tensor, weight: Tensor, first: int) -> Tensor:
         noisy = ops.noisy_copies(x, 0.5, 4, 9, first=first)
@@ -201,6 +241,8 @@ def test_votes_split_over_calls_and_threads():
 
 
 BAD = {
+    "x must be floating .N, C, H, W.": lambda x: ops.max_pool_relu(x[0]),
+    "with H, W >= 2": lambda x: ops.max_pool_relu(x[..., :1]),
     "sigma": lambda x: ops.noisy_copies(x, -1.0),
     "sigma must be finite": lambda x: ops.noisy_copies(x, float("nan")),
     "copies": lambda x: ops.noisy_copies(x, 1.0, 0),
