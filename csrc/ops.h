@@ -36,8 +36,9 @@ inline constexpr const char* schemas[] = {
     "pool_spread(Tensor x, Tensor grad) -> Tensor",
     "soft_smooth(Tensor logits, float beta) -> Tensor",
     "soft_smooth_backward(Tensor grad, Tensor logits, float beta) -> Tensor",
-    "soft_radius(Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> Tensor",
-    "soft_radius_backward(Tensor grad, Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> Tensor",
+    "soft_radius(Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> (Tensor, Tensor)",
+    "soft_radius_backward(Tensor grad, Tensor logits, Tensor mean, Tensor labels, float beta, float sigma, float squeeze) -> "
+    "Tensor",
 };
 
 // Calls run(Type{}) with the kernel's type for a floating dtype.
@@ -296,8 +297,9 @@ inline void check_radius(const char* name, const Tensor& logits, const Tensor& l
   STD_TORCH_CHECK(squeeze >= 0 && squeeze < 0.5, name, ": squeeze must be in [0, 1/2)");
 }
 
+// The radius, and soft_smooth(logits, beta), which the way back needs.
 template <class Exec>
-Tensor soft_radius(Tensor logits, Tensor labels, double beta, double sigma, double squeeze) {
+std::tuple<Tensor, Tensor> soft_radius(Tensor logits, Tensor labels, double beta, double sigma, double squeeze) {
   check_radius("soft_radius", logits, labels, squeeze);
   const Tensor mean = soft_smooth<Exec>(logits, beta), classes = torch::stable::contiguous(labels);
   if constexpr (Exec::readable) {
@@ -313,20 +315,25 @@ Tensor soft_radius(Tensor logits, Tensor labels, double beta, double sigma, doub
                                  static_cast<T*>(radius.data_ptr()), mean.size(1), sigma, squeeze},
                    mean.size(0), 256, mean);
   });
-  return radius;
+  return {radius, mean};
 }
 
 template <class Exec>
-Tensor soft_radius_backward(Tensor grad, Tensor logits, Tensor labels, double beta, double sigma, double squeeze) {
+Tensor soft_radius_backward(Tensor grad, Tensor logits, Tensor mean, Tensor labels, double beta, double sigma, double squeeze) {
   check_radius("soft_radius_backward", logits, labels, squeeze);
   STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == logits.size(0) && grad.scalar_type() == logits.scalar_type(),
                   "soft_radius_backward: grad must be [B] of logits' dtype");
-  const Tensor slopes = soft_smooth<Exec>(logits, beta);
+  STD_TORCH_CHECK(mean.dim() == 2 && mean.size(0) == logits.size(0) && mean.size(1) == logits.size(2) &&
+                      mean.scalar_type() == logits.scalar_type(),
+                  "soft_radius_backward: mean must be [B, C] of logits' dtype");
+  const Tensor means = torch::stable::contiguous(mean);
+  Tensor slopes = torch::stable::new_empty(means, means.sizes());
   const Tensor weights = torch::stable::contiguous(grad), classes = torch::stable::contiguous(labels);
   with_real_type(slopes.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    Exec::run_rows(SoftRadiusSlopes<T>{static_cast<T*>(slopes.data_ptr()), static_cast<const int64_t*>(classes.data_ptr()),
-                                       static_cast<const T*>(weights.data_ptr()), slopes.size(1), sigma, squeeze},
+    Exec::run_rows(SoftRadiusSlopes<T>{static_cast<const T*>(means.data_ptr()), static_cast<const int64_t*>(classes.data_ptr()),
+                                       static_cast<const T*>(weights.data_ptr()), static_cast<T*>(slopes.data_ptr()),
+                                       slopes.size(1), sigma, squeeze},
                    slopes.size(0), 256, slopes);
   });
   return soft_smooth_backward<Exec>(slopes, logits, beta);

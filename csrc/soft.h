@@ -270,18 +270,20 @@ struct SoftRadius {
 // the likeliest class's share is put on all the others with the sign changed, because 1 - p is what is known well.
 template <class T>
 struct SoftRadiusSlopes {
-  T* slopes;  // holds the means and takes the slopes, [images, classes]
+  const T* means;
   const int64_t* labels;
   const T* grad;
+  T* slopes;  // [images, classes], like the means
   int64_t classes;
   double sigma, squeeze;
 
   PACD_INLINE void operator()(int64_t image) const {
+    const T* p = means + image * classes;
     T* z = slopes + image * classes;
-    const TopTwo<T> top(z, classes, squeeze);
+    const TopTwo<T> top(p, classes, squeeze);
     const T scale = top.first == labels[image] ? static_cast<T>(0.5 * sigma) * grad[image] : T(0);
     const T high = scale * TopTwo<T>::slope(top.high, squeeze), low = scale * TopTwo<T>::slope(top.low, squeeze);
-    const T nan = z[0] != z[0] ? z[0] : T(0);
+    const T nan = p[0] != p[0] ? p[0] : T(0);
     for (int64_t c = 0; c < classes; ++c) z[c] = nan + (c == top.first ? T(0) : c == top.second ? -high - low : -high);
   }
 };

@@ -514,9 +514,9 @@ def soft_radius(logits: Tensor, labels: Tensor, *, beta: float, sigma: float, sq
     _require(0 <= squeeze < 0.5, lambda: f"squeeze must be in [0, 1/2), not {squeeze}")
     arguments = (values, labels, float(beta), float(sigma), float(squeeze))
     if torch.compiler.is_compiling():
-        return _ops.soft_radius(*arguments)
+        return _ops.soft_radius(*arguments)[0]
     try:
-        return _ops.soft_radius(*arguments)
+        return _ops.soft_radius(*arguments)[0]
     except RuntimeError as error:
         found = re.search(r"labels must be in .*", str(error))
         raise error if found is None else ValueError(found[0]) from None
@@ -600,11 +600,11 @@ def _(grad, logits, beta):
 
 @torch.library.register_fake("pacd_fast::soft_radius")
 def _(logits, labels, beta, sigma, squeeze):
-    return logits.new_empty(logits.shape[:1])
+    return logits.new_empty(logits.shape[:1]), logits.new_empty((logits.shape[0], logits.shape[2]))
 
 
 @torch.library.register_fake("pacd_fast::soft_radius_backward")
-def _(grad, logits, labels, beta, sigma, squeeze):
+def _(grad, logits, mean, labels, beta, sigma, squeeze):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -638,22 +638,25 @@ def _soft_smooth_double_backward(ctx, cotangent):
 
 def _soft_radius_setup(ctx, inputs, output):
     logits, labels, *ctx.numbers = inputs
-    ctx.save_for_backward(logits, labels)
+    ctx.save_for_backward(logits, output[1], labels)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _soft_radius_backward(ctx, grad):
+def _soft_radius_backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None, None
     return _ops.soft_radius_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 4
 
 
 def _soft_radius_backward_setup(ctx, inputs, output):
-    grad, logits, labels, *ctx.numbers = inputs
-    ctx.save_for_backward(grad, logits, labels)
+    grad, logits, mean, labels, *ctx.numbers = inputs
+    ctx.save_for_backward(grad, logits, mean, labels)
 
 
 def _soft_radius_double_backward(ctx, cotangent):
     """Of G = soft_smooth_backward(slopes(grad, mean), logits), mean = soft_smooth(logits), through all three."""
-    (grad, logits, labels), (beta, sigma, squeeze) = ctx.saved_tensors, ctx.numbers
-    mean = _ops.soft_smooth(logits, beta)
+    (grad, logits, mean, labels), (beta, sigma, squeeze) = ctx.saved_tensors, ctx.numbers
     p, which = mean.topk(2, 1)
     right, keep = which[:, :1] == labels.unsqueeze(1), 1 - 2 * squeeze
     z = torch.special.ndtri(keep * p + squeeze)
@@ -669,7 +672,7 @@ def _soft_radius_double_backward(ctx, cotangent):
     # where a loss has masked the image, and inf * 0 is no 0
     curvature = torch.where(safe, slope.double().square() * z / sign, 0.0)
     to_mean = torch.zeros_like(mean).scatter(1, which, (curvature * to_slope * grad.unsqueeze(1)).to(mean.dtype))
-    return (slope * to_slope).sum(1), to_logits + _ops.soft_smooth_backward(to_mean, logits, beta), *[None] * 4
+    return (slope * to_slope).sum(1), to_logits + _ops.soft_smooth_backward(to_mean, logits, beta), *[None] * 5
 
 
 class _Saved(NamedTuple):
