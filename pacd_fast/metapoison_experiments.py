@@ -150,16 +150,21 @@ class _Setup:
         return self.path(f"{name}-step{step}.npz")
 
     def judged(self, poison: Poison | None, attack: MetaPoison, **changes: Any) -> list[targeted.Victim]:
-        """Victims on the poison, or on clean data, trained as the surrogates were but for some changes."""
+        """Victims on the poison, or on clean data, trained as the surrogates were but for some changes.
+
+        Those on clean data are trained once and asked for the targets of all pairs.
+        """
+        targets = attack.target_index if poison is not None else tuple(target for target, _, _ in self.pairs)
         settings = attack.settings()
         names = [field.name for field in dataclasses.fields(targeted.Recipe) if field.name in settings]
         count = changes.pop("count", None) or self.victims
         recipe = targeted.Recipe(**{**{name: getattr(attack, name) for name in names}, **changes})
-        return targeted.judge(
-            self.data, attack.target_index, attack.adversarial_class, recipe,
-            poison=poison, count=count, seed=self.seed, curve=not changes, out=self.path("victims.jsonl"),
-            device=self.device,
+        found = targeted.judge(
+            self.data, targets, recipe, poison=poison, count=count, seed=self.seed, curve=not changes,
+            out=self.path("victims.jsonl"), device=self.device,
         )  # fmt: skip
+        places = [targets.index(target) for target in attack.target_index]
+        return [victim.of(*places) for victim in found]
 
 
 def _name(pair: tuple[int, str, str]) -> str:
@@ -204,7 +209,7 @@ def _pairs(setup: _Setup) -> Report:
             row = {"pair": _title(pair), "trained on": kind, **_cells(one)}
             rows.append(row | {"crafting, s": round(crafting) if kind == "metapoison" else "-", "seed": setup.seed})
             pooled.setdefault(kind, []).append(one)
-            curves = [victim.curve for victim in found if victim.curve is not None]
+            curves = [victim.progress(attack.adversarial_class) for victim in found if victim.curve is not None]
             for name in ("loss", "success", "accuracy") if curves else ():
                 means = torch.tensor([curve[name] for curve in curves], dtype=torch.float64).mean(0).tolist()
                 lines.setdefault(name, {})[kind] = (list(range(1, len(means) + 1)), means)

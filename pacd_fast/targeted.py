@@ -62,28 +62,51 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Victim:
-    """One trained victim: its seed; for every target the class it predicts, the Carlini-Wagner margin (negative where
-    the attack succeeds) and the cross-entropy to the adversarial class; its accuracy on the test images.
+    """One trained victim: its seed, its logits on the targets, [targets][classes], its accuracy on the test images.
 
-    curve: the same at the end of every epoch, where asked for, as lists of these numbers' means by name; accuracy there
-    on the first 1 000 test images.
+    curve: "logits" and "accuracy" at the end of every epoch, as lists, where asked for; accuracy there on the first
+    1 000 test images.
     """
 
     seed: int
-    predicted: list[int]
-    margin: list[float]
-    loss: list[float]
+    logits: list[list[float]]
     accuracy: float
-    curve: dict[str, list[float]] | None = None
+    curve: dict[str, list[Any]] | None = None
 
-    def successes(self, adversarial_class: int) -> int:
-        return sum(predicted == adversarial_class for predicted in self.predicted)
+    def of(self, *positions: int) -> Victim:
+        """The same victim asked for some of its targets only, by their place among them."""
+        curve = None
+        if self.curve is not None:
+            curve = {**self.curve, "logits": [[each[i] for i in positions] for each in self.curve["logits"]]}
+        return dataclasses.replace(self, logits=[self.logits[i] for i in positions], curve=curve)
+
+    def judged(self, adversarial_class: int) -> dict[str, list[float]]:
+        """By target: "margin", Carlini and Wagner's, negative where the attack succeeds; "loss", the cross-entropy to
+        the adversarial class; "success", whether that is the class predicted."""
+        return _judged(self.logits, adversarial_class)
+
+    def progress(self, adversarial_class: int) -> dict[str, list[float]]:
+        """By epoch, averaged over targets, what `judged` has, and "accuracy"; empty without a curve."""
+        if self.curve is None:
+            return {}
+        points = [_judged(logits, adversarial_class) for logits in self.curve["logits"]]
+        means = {name: [statistics.fmean(point[name]) for point in points] for name in ("margin", "loss", "success")}
+        return {**means, "accuracy": self.curve["accuracy"]}
+
+
+def _judged(logits: list[list[float]], adversarial_class: int) -> dict[str, list[float]]:
+    at = torch.tensor(logits, dtype=torch.float64)
+    wanted = torch.full((len(at),), adversarial_class)
+    return {
+        "margin": margin(at, adversarial_class).tolist(),
+        "loss": F.cross_entropy(at, wanted, reduction="none").tolist(),
+        "success": (at.argmax(1) == wanted).double().tolist(),
+    }
 
 
 def judge(
     data: Dataset,
     target_index: Sequence[int],
-    adversarial_class: int,
     recipe: Recipe,
     *,
     poison: Poison | None = None,
@@ -94,14 +117,14 @@ def judge(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> list[Victim]:
-    """Trains victims with the seeds seed, seed + 1, ... from scratch and asks them for the targets.
+    """Trains victims with the seeds seed, seed + 1, ... from scratch and asks them for the targets, test images.
 
     out: a file of JSON lines, one per victim; those that are in it already, trained alike on the same images, are read
     and not trained again, and beside it lies the last epoch of the one in training.
 
     Raises ValueError for a poison that is not for these data, a recipe out of range, or a file of another kind.
     """
-    images, adversarial_class = list(map(int, target_index)), int(adversarial_class)
+    images = list(map(int, target_index))
     if count < 1:
         raise ValueError(f"at least one victim is needed, not {count}")
     poisoned = data if poison is None else poison.apply(data)
@@ -111,7 +134,6 @@ def judge(
         "train_images": len(data.x_train),
         "trained_on": training.digest(poisoned.x_train, poisoned.y_train),
         "target_index": images,
-        "adversarial_class": adversarial_class,
     }
     path = None if out is None else Path(out)
     known = {} if path is None else _read(path, run)
@@ -123,10 +145,12 @@ def judge(
         if done is not None and (done.curve is not None or not curve):
             found.append(done)
             continue
-        points: list[Victim] = []
+        points: dict[str, list[Any]] = {"logits": [], "accuracy": []}
 
-        def watch(epoch: int, model: nn.Module, number: int = number, points: list[Victim] = points) -> None:
-            points.append(_asked(model, test[:1000], labels[:1000], targets, adversarial_class, number))
+        def watch(epoch: int, model: nn.Module, points: dict[str, list[Any]] = points) -> None:
+            logits, accuracy = _asked(model, test[:1000], labels[:1000], targets)
+            points["logits"].append(logits)
+            points["accuracy"].append(accuracy)
 
         torch.manual_seed(training.mix(number, 21))
         model = victims.network_for(recipe.model, data).to(device)
@@ -148,15 +172,8 @@ def judge(
             progress=progress,
             after_epoch=watch if curve else None,
         )
-        victim = _asked(model, test, labels, targets, adversarial_class, number)
-        if curve:
-            means = {
-                "margin": [statistics.fmean(p.margin) for p in points],
-                "loss": [statistics.fmean(p.loss) for p in points],
-                "success": [p.successes(adversarial_class) / len(images) for p in points],
-                "accuracy": [p.accuracy for p in points],
-            }
-            victim = dataclasses.replace(victim, curve=means)
+        logits, accuracy = _asked(model, test, labels, targets)
+        victim = Victim(number, logits, accuracy, points if curve else None)
         found.append(victim)
         if path is not None:
             with open(path, "a", encoding="utf-8") as file:
@@ -167,22 +184,15 @@ def judge(
 
 
 @torch.no_grad()
-def _asked(
-    model: nn.Module, test: Tensor, labels: Tensor, targets: Tensor, adversarial_class: int, seed: int
-) -> Victim:
+def _asked(model: nn.Module, test: Tensor, labels: Tensor, targets: Tensor) -> tuple[list[list[float]], float]:
+    """The logits on the targets, and the accuracy on the test images."""
+
     def logits(images: Tensor) -> Tensor:
         return torch.cat([model(part.contiguous(memory_format=layout(part))) for part in images.split(500)]).float()
 
     with eval_mode(model):
-        at, all_of_them = logits(targets), logits(test)
-    wanted = torch.full((len(at),), adversarial_class, device=at.device)
-    return Victim(
-        seed=seed,
-        predicted=at.argmax(1).tolist(),
-        margin=margin(at, adversarial_class).tolist(),
-        loss=F.cross_entropy(at, wanted, reduction="none").tolist(),
-        accuracy=float((all_of_them.argmax(1) == labels).double().mean()),
-    )
+        at, everywhere = logits(targets), logits(test)
+    return at.tolist(), float((everywhere.argmax(1) == labels).double().mean())
 
 
 def _read(path: Path, run: dict[str, Any]) -> dict[int, Victim]:
@@ -229,8 +239,9 @@ def summary(found: Sequence[Victim], adversarial_class: int, level: float = 0.95
     Trials are victims times targets.  The interval speaks of further seeds, and for one target alone: several targets
     in one victim are not independent.
     """
-    successes = sum(victim.successes(adversarial_class) for victim in found)
-    trials = sum(len(victim.predicted) for victim in found)
+    judged = [victim.judged(adversarial_class) for victim in found]
+    successes = int(sum(sum(one["success"]) for one in judged))
+    trials = sum(len(victim.logits) for victim in found)
     k, tail = torch.tensor(successes), (1 - level) / 2
     return {
         "victims": len(found),
@@ -239,8 +250,8 @@ def summary(found: Sequence[Victim], adversarial_class: int, level: float = 0.95
         "success": successes / trials,
         "low": float(ops.clopper_pearson_lower(k, trials, tail)),
         "high": float(ops.clopper_pearson_upper(k, trials, tail)),
-        "target loss": statistics.fmean(loss for victim in found for loss in victim.loss),
-        "margin": statistics.fmean(each for victim in found for each in victim.margin),
+        "target loss": statistics.fmean(loss for one in judged for loss in one["loss"]),
+        "margin": statistics.fmean(each for one in judged for each in one["margin"]),
         "accuracy": statistics.fmean(victim.accuracy for victim in found),
         "accuracies": [victim.accuracy for victim in found],
     }
@@ -299,7 +310,7 @@ def audit(
     found = {}
     for name, each in images.items():
         trained = judge(
-            data, target_index, adversarial_class, recipe,
+            data, target_index, recipe,
             poison=each, count=count, seed=seed, out=out, device=device, progress=progress,
         )  # fmt: skip
         found[name] = summary(trained, adversarial_class)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -380,8 +381,8 @@ def test_an_attack_on_digits_beats_noise_on_fresh_victims(tmp_path):
     """
     data = digits()
     recipe = targeted.Recipe(model=f"{__name__}:dense", epochs=8, batch_size=30, lr=0.05, drops=())
-    pilot = targeted.judge(data, range(len(data.x_test)), 2, recipe, count=6, seed=100)
-    margins = torch.tensor([victim.margin for victim in pilot])
+    pilot = targeted.judge(data, range(len(data.x_test)), recipe, count=6, seed=100)
+    margins = torch.tensor([victim.judged(2)["margin"] for victim in pilot])
     sevens = (data.y_test == 1) & (margins.amin(0) > 0.3)  # that no pilot takes for a nine; the nearest of them
     target = int(torch.where(sevens, margins.mean(0), torch.inf).argmin())
     plan = MetaPoison(
@@ -409,13 +410,19 @@ def test_an_attack_on_digits_beats_noise_on_fresh_victims(tmp_path):
 def test_judging(tmp_path):
     data = small()
     recipe = targeted.Recipe(model=TINY, epochs=3, batch_size=16, lr=0.05)
-    found = targeted.judge(data, [0, 2], 1, recipe, count=2, seed=7, curve=True, out=tmp_path / "a.jsonl")
-    assert [victim.seed for victim in found] == [7, 8] and found[0].margin != found[1].margin
-    curve = found[0].curve
-    assert curve is not None and {len(values) for values in curve.values()} == {3}
-    assert curve["margin"][-1] == pytest.approx(sum(found[0].margin) / 2) and curve["accuracy"][-1] == found[0].accuracy
-    assert targeted.judge(data, [0, 2], 1, recipe, count=2, seed=7, out=tmp_path / "a.jsonl") == found
-    one = targeted.summary([targeted.Victim(0, [1, 0], [-1.0, 2.0], [0.1, 3.0], 0.5)] * 4, 1)
+    found = targeted.judge(data, [0, 2], recipe, count=2, seed=7, curve=True, out=tmp_path / "a.jsonl")
+    assert [victim.seed for victim in found] == [7, 8] and found[0].logits != found[1].logits
+    curve, last = found[0].progress(1), found[0].judged(1)
+    assert {len(values) for values in curve.values()} == {3}
+    assert curve["margin"][-1] == pytest.approx(sum(last["margin"]) / 2) and curve["accuracy"][-1] == found[0].accuracy
+    one = found[0].of(1)
+    assert one.judged(1) == {name: values[1:] for name, values in last.items()}
+    assert one.progress(1)["loss"][-1] == pytest.approx(last["loss"][1])
+    assert targeted.judge(data, [0, 2], recipe, count=2, seed=7, out=tmp_path / "a.jsonl") == found
+    one = targeted.summary([targeted.Victim(0, [[0.0, 1.0], [2.0, 0.0]], 0.5)] * 4, 1)
+    assert one["margin"] == 0.5 and one["target loss"] == pytest.approx(
+        (math.log1p(math.exp(-1)) + math.log1p(math.e**2)) / 2
+    )
     assert (one["successes"], one["trials"], one["success"]) == (4, 8, 0.5)
     assert one["low"] == pytest.approx(0.157, abs=1e-3) and one["high"] == pytest.approx(0.843, abs=1e-3)
     assert "4/8" in targeted.table({"clean": one}) and "16% to 84%" in targeted.table({"clean": one})
@@ -430,12 +437,12 @@ def test_judging(tmp_path):
     assert targeted.Recipe.of(metapoison(data, attack(steps=1, momentum=0.0))).optimizer == "sgd"
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1: not a line about a victim"):
-        targeted.judge(data, [0], 1, recipe, out=tmp_path / "bad.jsonl")
+        targeted.judge(data, [0], recipe, out=tmp_path / "bad.jsonl")
     with pytest.raises(ValueError, match="at least one victim"):
-        targeted.judge(data, [0], 1, recipe, count=0)
+        targeted.judge(data, [0], recipe, count=0)
     with pytest.raises(ValueError, match="unknown comparison 'smoke'"):
         targeted.audit(poison, data, recipe, against=["smoke"])
     with pytest.raises(ValueError, match="names no target images"):
         targeted.audit(dataclasses.replace(poison, settings={}), data, recipe)
     with pytest.raises(ValueError, match="unknown optimizer 'lbfgs'"):
-        targeted.judge(data, [0], 1, dataclasses.replace(recipe, optimizer="lbfgs"))
+        targeted.judge(data, [0], dataclasses.replace(recipe, optimizer="lbfgs"))
