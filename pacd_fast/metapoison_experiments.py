@@ -24,20 +24,22 @@ from pacd_fast.results import mean_and_deviation
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "add_arguments", "run"]
 
-# Pairs (test image, its class, poison class).  Small: the first test image of its class that at least half of eight
-# pilot victims, trained on clean data, get right and none takes for the poison class.  Full: the first test image of
-# the class.
-_SMALL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (70, "bird", "dog"))
+# Pairs (test image, its class, poison class).  Small: the poison class is the runner-up to the image's own class, among
+# classes with 500 of the 5 000 images, of eight pilot victims on clean data (seeds 100 to 107); the images are the
+# first, each of another class, that most pilots get right and none takes for the runner-up.  Full: the first images.
+_SMALL_PAIRS = ((1, "ship", "airplane"), (5, "frog", "deer"), (6, "automobile", "ship"))
 _FULL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (4, "frog", "airplane"), (3, "airplane", "frog"))
 
 _SMALL_IMAGES = 5000
+# More steps succeed more often and cost more accuracy: 10 % are nearly all images of a class here.
 _SMALL: dict[str, Any] = {
-    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 20, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8),
-    "budget": 0.07,  # a class has 500 of 5 000 images: with all of them perturbed, nothing true teaches it any more
+    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 5, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8),
 }  # fmt: skip
 
-_THIRD = "ship"  # the class that is perturbed in the third-party attack
-_SEVERAL = (12, 16)  # the targets of the multi-target attack: the first pair's, and the next by the same rule
+# The class that is perturbed in the third-party attack; the targets of the multi-target attack, which are the first
+# pair's and the next of its class by the same rule.
+_THIRD = {"small": "deer", "full": "ship"}
+_SEVERAL = {"small": (1, 54), "full": (12, 16)}
 
 # How victims are trained otherwise than the surrogates (section 3.5, figure 5b); the rate is a factor.
 _TRANSFER: dict[str, dict[str, Any]] = {
@@ -112,7 +114,7 @@ class _Setup:
     @property
     def every(self) -> int:
         """Crafting steps between two snapshots."""
-        return 5 if self.small else 10
+        return 1 if self.small else 10
 
     def path(self, name: str) -> Path:
         return self.work / f"metapoison-{self.size}-{name}"
@@ -280,7 +282,7 @@ def _budgets(setup: _Setup) -> Report:
     """Figure 5a: success against the share of the training images that is perturbed."""
     rows: list[dict[str, Any]] = []
     lines = {}
-    budgets = (0.01, 0.03, 0.05, 0.07, 0.1) if setup.small else (0.01, 0.03, 0.05, 0.1)
+    budgets = (0.01, 0.03, 0.05, 0.1)
     for pair in setup.pairs[:1] if setup.small else setup.pairs[:2]:
         rates, usual = [], setup.attack(pair).budget
         for budget in budgets:
@@ -319,11 +321,16 @@ def _transfer(setup: _Setup) -> Report:
 def _behaviour(setup: _Setup) -> Report:
     """Figure 6: weight trajectories, distances in feature space, and the kinds of attack."""
     pair = setup.pairs[0]
-    attack, third = setup.attack(pair), setup.data.class_index(_THIRD)
+    attack, third = setup.attack(pair), _THIRD[setup.size]
+    of_third = dataclasses.replace(attack, poison_class=setup.data.class_index(third))
     kinds = {
         "default": (_name(pair), pair[2], attack),
-        "third-party": (f"{_name(pair)}-{_THIRD}", _THIRD, dataclasses.replace(attack, poison_class=third)),
-        "multi-target": (f"{_name(pair)}-multi", pair[2], dataclasses.replace(attack, target_index=_SEVERAL)),
+        "third-party": (f"{_name(pair)}-{third}", third, of_third),
+        "multi-target": (
+            f"{_name(pair)}-multi",
+            pair[2],
+            dataclasses.replace(attack, target_index=_SEVERAL[setup.size]),
+        ),
     }
     rows: list[dict[str, Any]] = []
     for kind, (name, perturbed, settings) in kinds.items():
