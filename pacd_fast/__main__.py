@@ -79,6 +79,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, default=200)
     train.add_argument("--microbatch", type=int, help="images of a batch at a time, to save memory")
     train.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    train.add_argument(
+        "--drops",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="EPOCH",
+        help="epochs, counted from 0, from which on the rate is a tenth of what it was",
+    )
     train.add_argument("--optimizer", choices=list(training.OPTIMIZERS), default="adam")
     train.add_argument("--weight-decay", type=float, default=0.0)
     train.add_argument(
@@ -230,6 +238,7 @@ def run_train(options: argparse.Namespace) -> None:
             lr=options.lr,
             weight_decay=options.weight_decay,
             optimizer=options.optimizer,
+            drops=options.drops,
             augment=options.augment,
             seed=seed,
             dtype=DTYPES[options.dtype],

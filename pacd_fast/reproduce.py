@@ -71,6 +71,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
         sub.add_argument("--data", default=data, help=f"{data}, or the path of an .npz file")
         sub.add_argument("--data-dir", help="where the data lie, in torchvision's layout")
         sub.add_argument("--epochs", type=int, default=100)
+        sub.add_argument("--drops", type=int, nargs="*", default=[90], help="as in train; none: as in the paper")
         sub.add_argument("--n", type=int, default=100_000, help="estimation samples per image")
         sub.add_argument("--count", type=int, default=500, help="test images to certify")
         sub.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32")
@@ -96,6 +97,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             victim = victims.numbered(work / f"{prefix}.safetensors", seed)
             files.append(victim.with_suffix(".tsv"))
             recipe = ["--method", options.method, "--sigma", options.sigma, "--epochs", options.epochs, "--seed", seed]
+            recipe += ["--drops", *options.drops] if options.drops else []
             recipe += ["--dtype", options.train_dtype, "--resume", "--metrics", victim.with_suffix(".jsonl")]
             chain(main, ["train", *source, *recipe, "--out", victim])
             images = ["--target-class", target_class, "--count", options.count, "--choice", 0]
@@ -113,6 +115,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             "ACA, %, paper": "-",
             "as good": "-",
             "epochs": options.epochs,
+            "rate drops at": " ".join(map(str, options.drops)) or "-",
             "trained in": options.train_dtype,
             "certified in": options.dtype,
             "images": options.count,
@@ -130,7 +133,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
                 "ACA, %, paper": f"{aca:.2f}±{aca_deviation:.2f}",
                 "as good": "yes" if good else "no",
             }
-        add_row(options.results, table, ["method", "sigma", "epochs", "n", "images"], row)
+        add_row(options.results, table, ["method", "sigma", "epochs", "rate drops at", "n", "images"], row)
         print("\n".join(f"{key:14} {value}" for key, value in row.items()))
         return 0
 

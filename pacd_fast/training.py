@@ -112,6 +112,8 @@ def fit(
     """
     images, labels = data.split("train") if isinstance(data, Dataset) else data
     _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
+    for drop in drops:
+        at_least("drops", drop, 0)
     device = next(model.parameters()).device
     if device.type == "cpu":
         _C.keep_freed_memory()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def train(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     optimizer: str = "adam",
+    drops: Sequence[int] = (),
     augment: bool | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -130,6 +131,7 @@ def train(
         "lr": repr(lr),
         "weight_decay": repr(weight_decay),
         "optimizer": optimizer,
+        "drops": " ".join(map(str, drops)),
         "augment": str(augment),
         "dtype": str(dtype).removeprefix("torch."),
         "microbatch": str(microbatch),
@@ -138,9 +140,9 @@ def train(
     if resume and out.exists():
         done = models.load_checkpoint(out, arch=model)
         for key, value in metadata.items():
-            if done.metadata.get(key) != value:
+            if (before := done.metadata.get(key, "")) != value:
                 raise ValueError(
-                    f"{out} is of another run: {key} is {done.metadata.get(key)} there and {value} here; "
+                    f"{out} is of another run: {key} is {before or 'none'} there and {value or 'none'} here; "
                     "choose another --out or delete it"
                 )
         return done.model.to(device)
@@ -156,6 +158,7 @@ def train(
         lr=lr,
         weight_decay=weight_decay,
         optimizer=optimizer,
+        drops=drops,
         augment=augment,
         seed=seed,
         dtype=dtype,

@@ -268,6 +268,8 @@ def test_resume_after_a_kill_gives_the_same_victim(tmp_path, capsys):
     assert models.load_checkpoint(out).fingerprint == models.load_checkpoint(whole).fingerprint
     before = Path(out).stat().st_mtime_ns  # done already: nothing is trained again, and another recipe is refused
     assert main([*command, "--out", out, "--resume"]) == 0 and Path(out).stat().st_mtime_ns == before
+    assert main([*command, "--drops", "1", "--out", out, "--resume"]) == 2
+    assert "drops is none there and 1 here" in capsys.readouterr().err
     assert main([*command, "--seed", "7", "--out", out, "--resume"]) == 2
 
 
