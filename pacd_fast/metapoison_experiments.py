@@ -24,22 +24,22 @@ from pacd_fast.results import mean_and_deviation
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "add_arguments", "run"]
 
-# Pairs (test image, its class, poison class).  Small: the poison class is the runner-up to the image's own class, among
-# classes with 500 of the 5 000 images, of eight pilot victims on clean data (seeds 100 to 107); the images are the
-# first, each of another class, that most pilots get right and none takes for the runner-up.  Full: the first images.
-_SMALL_PAIRS = ((1, "ship", "airplane"), (5, "frog", "deer"), (6, "automobile", "ship"))
+# Pairs (test image, its class, poison class).  Small: of the classes with 500 of the 5 000 images, networks know birds
+# worst (37 % of them right), so perturbing them costs the least accuracy.  The images are the first, each of another
+# class, of which sixteen clean victims (seeds 0 to 7, 100 to 107) say: most are right, none sees a bird, which is the
+# next likely of these classes.  Full: the first image of its class.
+_SMALL_PAIRS = ((8, "cat", "bird"), (29, "frog", "bird"), (42, "dog", "bird"))
 _FULL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (4, "frog", "airplane"), (3, "airplane", "frog"))
 
 _SMALL_IMAGES = 5000
 # More steps succeed more often and cost more accuracy: 10 % are nearly all images of a class here.
 _SMALL: dict[str, Any] = {
-    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 5, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8),
+    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 4, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8),
 }  # fmt: skip
 
-# The class that is perturbed in the third-party attack; the targets of the multi-target attack, which are the first
-# pair's and the next of its class by the same rule.
+# The class that is perturbed in the third-party attack; the targets of the multi-target attack.
 _THIRD = {"small": "deer", "full": "ship"}
-_SEVERAL = {"small": (1, 54), "full": (12, 16)}
+_SEVERAL = {"small": (8, 29), "full": (12, 16)}
 
 # How victims are trained otherwise than the surrogates (section 3.5, figure 5b); the rate is a factor.
 _TRANSFER: dict[str, dict[str, Any]] = {
