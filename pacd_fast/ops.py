@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -395,68 +395,42 @@ def max_pool_relu(x: Tensor) -> Tensor:
     )
     if torch.compiler.is_compiling():
         return torch.relu(torch.nn.functional.max_pool2d(x, 2))  # the compiler's own fusion, and no break
-    return _Pick.apply(x, x)
+    return _Choice.apply(x, x, False)
 
 
-def _one_batch(
-    function: Any, size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
-) -> tuple[Tensor, int]:
-    """What vmap asks for: its dimension goes into that of the images, and out again."""
-    moved = [
-        (t.unsqueeze(0).expand(size, *t.shape) if d is None else t.movedim(d, 0)).flatten(0, 1)
-        for t, d in zip(tensors, in_dims, strict=True)
-    ]
-    return function.apply(*moved).unflatten(0, (size, -1)), 0
+class _Choice(torch.autograd.Function):
+    """pool_pick(x, other) or, with spread, pool_spread(x, other): linear in other, each the other's transpose.
 
-
-class _Pick(torch.autograd.Function):
-    """pool_pick(x, other), linear in other; x only decides which elements."""
+    x only decides which elements, so that its own derivative is 0.
+    """
 
     @staticmethod
-    def forward(x, other):
-        return _ops.pool_pick(x, other)
+    def forward(x, other, spread):
+        return (_ops.pool_spread if spread else _ops.pool_pick)(x, other)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
+        x, _, ctx.spread = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, _Spread.apply(ctx.saved_tensors[0], grad)
+        return None, _Choice.apply(ctx.saved_tensors[0], grad, not ctx.spread), None
 
     @staticmethod
-    def jvp(ctx, _, tangent):
-        return _Pick.apply(ctx.saved_tensors[0], tangent)
+    def jvp(ctx, _, tangent, __):
+        return _Choice.apply(ctx.saved_tensors[0], tangent, ctx.spread)
 
     @staticmethod
-    def vmap(info, in_dims, x, other):
-        return _one_batch(_Pick, info.batch_size, in_dims, (x, other))
-
-
-class _Spread(torch.autograd.Function):
-    """pool_spread(x, grad), linear in grad: the other's transpose."""
-
-    @staticmethod
-    def forward(x, grad):
-        return _ops.pool_spread(x, grad)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, _Pick.apply(ctx.saved_tensors[0], grad)
-
-    @staticmethod
-    def jvp(ctx, _, tangent):
-        return _Spread.apply(ctx.saved_tensors[0], tangent)
-
-    @staticmethod
-    def vmap(info, in_dims, x, grad):
-        return _one_batch(_Spread, info.batch_size, in_dims, (x, grad))
+    def vmap(info, in_dims, x, other, spread):
+        """The stacked dimension goes into that of the images, and out again."""
+        size = info.batch_size
+        moved = [
+            (t.unsqueeze(0).expand(size, *t.shape) if d is None else t.movedim(d, 0)).flatten(0, 1)
+            for t, d in zip((x, other), in_dims[:2], strict=True)
+        ]
+        return _Choice.apply(*moved, spread).unflatten(0, (size, -1)), 0
 
 
 def _soft_arguments(logits: Tensor, beta: float) -> Tensor:
