@@ -24,10 +24,10 @@
 #define PACD_CLONES
 #endif
 
-// Before a loop over lanes: not peeled into scalar code before the vectoriser sees it.
+// PACD_LANES before a loop over lanes: not peeled into scalar code before the vectoriser sees it.
+// PACD_NO_ALIAS before a loop whose reads and writes never overlap; not peeled either.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define PACD_LANES _Pragma("GCC unroll 1")
-// Before a loop whose reads and writes never overlap.
 #define PACD_NO_ALIAS _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #else
 #define PACD_LANES

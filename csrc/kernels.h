@@ -35,7 +35,6 @@ PACD_INLINE float to_float(Half x) {
   return bits_as<float>((magnitude >= 0x7C00u ? special : bits_as<uint32_t>(finite)) | sign);
 }
 
-
 // Rounding to nearest, ties to even, like torch.
 PACD_INLINE void convert(float x, float* out) { *out = x; }
 PACD_INLINE void convert(float x, Bfloat16* out) {

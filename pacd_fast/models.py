@@ -70,8 +70,8 @@ class Normalize(nn.Module):
 def _max_pool_relu(x: Tensor) -> Tensor:
     """2x2 max-pooling, then ReLU: the same numbers as the other way round, from a quarter of the ReLUs.
 
-    The default layout keeps torch's operators; in channels_last on a CPU theirs were a fifth of a training step in
-    bfloat16 and two fifths of a pass without gradients.
+    The default layout keeps torch's operators; in channels_last on a CPU they are slow (benchmarks/bench_ops.py), but
+    for float32's gradient.
     """
     if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
         return ops.max_pool_relu(x)
