@@ -40,8 +40,8 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The operator and bound tests under the address and undefined behaviour sanitizers, in an environment of their own that
-# sees the other one's packages, but not its editable install.
+# The operator, layer and bound tests under the address and undefined behaviour sanitizers, in an environment of their
+# own that sees the other one's packages, but not its editable install.
 SANITIZE := $(CURDIR)/build/sanitize
 sanitize: $(BIN)/.installed
 	rm -rf $(SANITIZE)
@@ -54,7 +54,8 @@ sanitize: $(BIN)/.installed
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 && \
 	  bin/python -c "from pacd_fast._C import build_info; assert build_info()['sanitized']; print('sanitized build')" && \
 	  bin/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-	  $(CURDIR)/python_tests/test_ops.py $(CURDIR)/python_tests/test_bounds.py
+	  $(CURDIR)/python_tests/test_ops.py $(CURDIR)/python_tests/test_bounds.py \
+	  $(CURDIR)/python_tests/test_layers.py
 
 clean:
 	rm -rf build $(DEMO) $(VENV)

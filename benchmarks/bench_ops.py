@@ -10,7 +10,7 @@ from scipy.stats import beta
 from statsmodels.stats.proportion import proportion_confint
 
 from benchmarks.report import medians, record
-from pacd_fast import _C, ops
+from pacd_fast import _C, layers, ops
 
 
 def row(
@@ -124,6 +124,23 @@ def pooling(device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def first_layer() -> list[dict[str, Any]]:
+    """The MNIST network's first convolution on the CPU, back to a batch of 200 images."""
+    layer = torch.nn.Conv2d(1, 20, 5).to(memory_format=torch.channels_last).requires_grad_(False)
+    x = torch.rand(200, 1, 28, 28).requires_grad_()
+    there, other = layers.convolution(layer, x), layer(x)
+    slope = torch.randn_like(other)
+    times = medians(
+        {
+            "ours": lambda: torch.autograd.grad(there, x, slope, True),
+            "peer": lambda: torch.autograd.grad(other, x, slope, True),
+            "limit": lambda: layer(x),
+        },
+        rounds=41,
+    )
+    return [row("5x5 convolution 1 to 20, gradient of 200 images", "element", x.numel(), times, None, "forward")]
+
+
 def main() -> None:
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() and ops.cuda_library == "loaded" else [])):
         threads = torch.get_num_threads()
@@ -131,7 +148,8 @@ def main() -> None:
             torch.set_num_threads(1)
             record("noise on one thread", noise(device), device)
             torch.set_num_threads(threads)
-        record("operators", [*noise(device), *votes(device), *bounds(device), *pooling(device)], device)
+        found = [*noise(device), *votes(device), *bounds(device), *pooling(device)]
+        record("operators", [*found, *(first_layer() if device == "cpu" else [])], device)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,51 @@ from pacd_fast.training import fit
 
 SHAPES = {"mnist-cnn": (1, 28, 28), "resnet20": (3, 32, 32)}
 EPOCH = {"mnist-cnn": 55_000, "resnet20": 45_000}
+STEPS = {"gaussian": 8, "macer": 1, "smoothadv": 4}  # of one measurement
 METHODS: dict[str, Any] = {"gaussian": Gaussian(0.5), "macer": Macer(0.5), "smoothadv": SmoothAdv(0.5, warmup=0)}
 
 
-def prepared(network: str, batch: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+def prepared(network: str, count: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     shape = SHAPES[network]
     model = models.build(network, num_classes=10, in_channels=shape[0], image_size=shape[1:]).to(device)
-    return model, torch.randint(256, (batch, *shape), dtype=torch.uint8), torch.randint(10, (batch,))
+    images, y = torch.randint(256, (count, *shape), dtype=torch.uint8), torch.randint(10, (count,))
+    return model, images.to(device), y.to(device)
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def plain_network(network: str, like: nn.Module) -> nn.Module:
+    """The network as one writes it with torch's modules, at the weights of ours."""
+    if network == "mnist-cnn":
+        first = [nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        plain = nn.Sequential(*first, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+    else:
+        first = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = [PlainBlock(16, 16, 1) for _ in range(3)]
+        for inputs, outputs in ((16, 32), (32, 64)):
+            blocks += [PlainBlock(inputs, outputs, 2), *(PlainBlock(outputs, outputs, 1) for _ in range(2))]
+        plain = nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    for mine, given in zip(plain.parameters(), like.parameters(), strict=True):
+        mine.data.copy_(given.data)
+    plain.to(next(like.parameters()).device)
+    x = torch.rand(2, *SHAPES[network], device=next(like.parameters()).device)
+    torch.testing.assert_close(plain(x), like(x))  # the same function
+    return plain
 
 
 def plain_loss(loss: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -61,21 +98,22 @@ def plain_loss(loss: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def plain_steps(network: str, method: str, batch: int, device: str) -> Callable[[], None]:
-    model, images, y = prepared(network, batch, device)
+    model, images, y = prepared(network, batch * STEPS[method], device)
+    model = plain_network(network, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    images, y = (images.float() / 255).to(device), y.to(device)
+    images = images.float() / 255
 
-    def step() -> None:
-        optimizer.zero_grad()
-        plain_loss(METHODS[method], model, images, y).backward()
-        optimizer.step()
+    def run() -> None:
+        for x, labels in zip(images.split(batch), y.split(batch), strict=True):
+            optimizer.zero_grad()
+            plain_loss(METHODS[method], model, x, labels).backward()
+            optimizer.step()
 
-    return step
+    return run
 
 
 def our_steps(network: str, method: str, batch: int, device: str) -> Callable[[], None]:
-    model, images, y = prepared(network, batch, device)
-    images, y = images.to(device), y.to(device)
+    model, images, y = prepared(network, batch * STEPS[method], device)
     return lambda: void(fit(model, (images, y), METHODS[method], epochs=1, batch_size=batch))
 
 
@@ -94,22 +132,25 @@ def bare_steps(network: str, method: str, batch: int, device: str) -> Callable[[
     noisy = noisy.contiguous(memory_format=layout(noisy))
     grad = torch.ones(batch * loss.k, 10, device=device)
 
-    def step() -> None:
-        for _ in range(getattr(loss, "steps", 0)):
-            leaf = noisy.detach().requires_grad_()
-            torch.autograd.grad(model(leaf), leaf, grad)
-        optimizer.zero_grad(set_to_none=True)
-        model(noisy).backward(grad)
-        optimizer.step()
+    def run() -> None:
+        for _ in range(STEPS[method]):
+            model.eval()
+            for _ in range(getattr(loss, "steps", 0)):
+                leaf = noisy.detach().requires_grad_()
+                torch.autograd.grad(model(leaf), leaf, grad)
+            model.train()
+            optimizer.zero_grad(set_to_none=True)
+            model(noisy).backward(grad)
+            optimizer.step()
 
-    return step
+    return run
 
 
 _prepared: dict[tuple[Any, ...], Callable[[], None]] = {}
 
 
 def timed(which: str, network: str, method: str, batch: int, device: str, threads: int) -> float:
-    """Seconds of one step, in the process that is asked; the first one is to warm up."""
+    """Seconds of one step, in the process that is asked; the first measurement is to warm up."""
     torch.set_num_threads(threads)
     key = (which, network, method, batch, device)
     if key not in _prepared:
@@ -121,7 +162,7 @@ def timed(which: str, network: str, method: str, batch: int, device: str, thread
     _prepared[key]()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / STEPS[method]
 
 
 def epochs(device: str, rounds: int = 7) -> list[dict[str, Any]]:

@@ -200,21 +200,21 @@ struct ChernoffPairs {
 // derivative, so that all derivatives are these two.
 //
 // It is a choice, not arithmetic, so that numbers are taken as signed integers of their width, of any floating type; and
-// written with masks, which the compiler turns into SIMD where it would not turn conditions.  An item is a window, in all
-// channels or, with span 1, in one.
+// written with masks, which the compiler turns into SIMD where it would not turn conditions.  An item is a line of windows in
+// all channels or, with span and together 1, a window in one channel.
 template <class Bits>
 struct Windows {
-  int64_t height, width, channels, span;
+  int64_t height, width, channels, span, together;  // channels and windows of an item
   Bits infinity;  // the bits of it
   const Bits* x;
 
-  // Of an item's first channel: at the window's first corner, and in the pooled tensor.
+  // Of a window's first channel: at its first corner, and in the pooled tensor.
   struct Place {
     int64_t in, out;
   };
 
   PACD_INLINE Place place(int64_t item) const {
-    const int64_t groups = channels / span, pixel = item / groups, c = (item - pixel * groups) * span;
+    const int64_t groups = channels / span, pixel = item / groups * together, c = item % groups * span;
     const int64_t columns = width / 2, rows = height / 2;
     const int64_t line = pixel / columns, j = pixel - line * columns, image = line / rows, i = line - image * rows;
     return {((image * height + 2 * i) * width + 2 * j) * channels + c, pixel * channels + c};
@@ -247,7 +247,13 @@ struct Windows {
 
   // Runs of a length that the compiler knows, for SIMD; the last may overlap the one before.
   template <class Kernel>
-  PACD_INLINE void runs(const Kernel& kernel, const Place& at) const {
+  PACD_INLINE void runs(const Kernel& kernel, int64_t item) const {
+    Place at = place(item);
+    for (int64_t window = 0; window < together; ++window, at.in += 2 * channels, at.out += channels) run_in(kernel, at);
+  }
+
+  template <class Kernel>
+  PACD_INLINE void run_in(const Kernel& kernel, const Place& at) const {
     const int64_t count = span;
     if (count >= 16) {
       for (int64_t c = 0; c < count; c += 16) kernel.template run<16>(at, c + 16 <= count ? c : count - 16);
@@ -276,7 +282,32 @@ struct PoolPick : Windows<Bits> {
     }
   }
 
-  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, this->place(item)); }
+  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, item); }
+};
+
+// PoolPick of x itself.  Negative numbers lose to 0 as integers too, so that the largest integer is the result, but for NaN.
+template <class Bits>
+struct PoolMax : Windows<Bits> {
+  using Unsigned = std::make_unsigned_t<Bits>;
+  Bits* out;
+
+  template <int length>
+  PACD_INLINE void run(const typename Windows<Bits>::Place& at, int64_t first) const {
+    const int64_t right = this->channels, below = this->width * this->channels, both = below + right;
+    const Bits* x = this->x + at.in + first;
+    Bits* target = out + at.out + first;
+    const Unsigned lowest = static_cast<Unsigned>(this->infinity) | (Unsigned(1) << (8 * sizeof(Bits) - 1));
+    PACD_NO_ALIAS for (int c = 0; c < length; ++c) {
+      const Bits p = x[c], q = x[c + right], r = x[c + below], s = x[c + both];
+      const Bits pq = p > q ? p : q, rs = r > s ? r : s, best = pq > rs ? pq : rs, kept = best > 0 ? best : 0;
+      const Unsigned up = p, uq = q, ur = r, us = s;
+      const Unsigned upq = up > uq ? up : uq, urs = ur > us ? ur : us, highest = upq > urs ? upq : urs;
+      const Bits nan = this->mask(highest > lowest);  // a NaN with the sign bit; others are the largest anyway
+      target[c] = static_cast<Bits>(kept | (nan & std::numeric_limits<Bits>::max()));
+    }
+  }
+
+  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, item); }
 };
 
 template <class Bits>
@@ -298,7 +329,7 @@ struct PoolSpread : Windows<Bits> {
     }
   }
 
-  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, this->place(item)); }
+  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, item); }
 };
 
 struct NormalQuantile {

@@ -220,12 +220,15 @@ Tensor pooled(const char* name, const Tensor& windows, const Tensor& numbers, st
   Tensor out = torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, layout);
   if (odd) torch::stable::zero_(out);
   if (x.numel() == 0) return out;
-  const int64_t span = Exec::channels_together ? channels : 1;
+  const int64_t span = Exec::channels_together ? channels : 1, together = Exec::channels_together ? width / 2 : 1;
+  const bool itself = other.data_ptr() == x.data_ptr() && size[2] != height;
+  const int64_t items = x.size(0) * (height / 2) * (width / 2 / together) * (channels / span), grain = 4096 / (span * together) + 1;
   auto launch = [&](auto infinity) {
     using Bits = decltype(infinity);
-    Exec::run_rows(Kernel<Bits>{{height, width, channels, span, infinity, static_cast<const Bits*>(x.data_ptr())},
-                                static_cast<const Bits*>(other.data_ptr()), static_cast<Bits*>(out.data_ptr())},
-                   x.size(0) * (height / 2) * (width / 2) * (channels / span), 4096 / span + 1, x);
+    const Windows<Bits> windows{height, width, channels, span, together, infinity, static_cast<const Bits*>(x.data_ptr())};
+    auto* target = static_cast<Bits*>(out.data_ptr());
+    if (itself) return Exec::run_rows(PoolMax<Bits>{windows, target}, items, grain, x);
+    Exec::run_rows(Kernel<Bits>{windows, static_cast<const Bits*>(other.data_ptr()), target}, items, grain, x);
   };
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,

@@ -1,4 +1,5 @@
 // The operators' schemas, and the CPU executor: torch's threads times compiler-written SIMD.
+#include "narrow_cpu.h"
 #include "ops.h"
 #include "tile_cpu.h"
 
@@ -111,6 +112,10 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY(pacd_fast, library) {
   for (const char* schema : pacd::schemas) library.def(schema);
+  library.def(pacd::narrow_schema);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CPU, library) { pacd::register_operators<pacd::Cpu>(library); }
+STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CPU, library) {
+  pacd::register_operators<pacd::Cpu>(library);
+  library.impl("narrow_grad", TORCH_BOX(&pacd::narrow_grad<pacd::Cpu>));
+}

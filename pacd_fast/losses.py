@@ -129,7 +129,7 @@ class SmoothAdv:
         """What is added to x, [B, ...], without gradient."""
         x = x.detach()
         delta = torch.zeros_like(x)
-        with eval_mode(model):
+        with eval_mode(model), frozen(model):
             for _ in range(self.steps if self.epsilon > 0 else 0):
                 delta.requires_grad_()
                 logits = model(_noisy(x + delta, self.sigma, self.k, seed))
@@ -187,6 +187,19 @@ def eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     finally:
         for module in were_training:
             module.training = True
+
+
+@contextlib.contextmanager
+def frozen(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A module's own parameters without gradients, as each was afterwards: only the images' are looked for."""
+    learning = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def layout(x: Tensor) -> torch.memory_format:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacd_fast import ops
+from pacd_fast import layers
 
 BUILT_IN = ("mnist-cnn", "convnet", "resnet20", "resnet56", "resnet110")
 
@@ -67,17 +67,6 @@ class Normalize(nn.Module):
         return (x - self.mean.view(shape)) / self.std.view(shape)
 
 
-def _max_pool_relu(x: Tensor) -> Tensor:
-    """2x2 max-pooling, then ReLU: the same numbers as the other way round, from a quarter of the ReLUs.
-
-    The default layout keeps torch's operators; in channels_last on a CPU they are slow (benchmarks/bench_ops.py), but
-    for float32's gradient.
-    """
-    if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
-        return ops.max_pool_relu(x)
-    return F.relu(F.max_pool2d(x, 2))
-
-
 class MnistCNN(nn.Module):
     """The MNIST network of the PACD paper, appendix E.2.
 
@@ -101,7 +90,7 @@ class MnistCNN(nn.Module):
         self.fc2 = nn.Linear(500, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _max_pool_relu(self.conv2(_max_pool_relu(self.conv1(x))))
+        x = layers.max_pool_relu(self.conv2(layers.max_pool_relu(layers.convolution(self.conv1, x))))
         x = self.dropout(x).flatten(1)
         logits: Tensor = self.fc2(F.relu(self.fc1(x)))
         return logits
@@ -129,7 +118,7 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, convolution in enumerate(self.convolutions):
-            x = _max_pool_relu(convolution(x)) if i in (0, 2, 4) else F.relu(convolution(x))
+            x = layers.max_pool_relu(convolution(x)) if i in (0, 2, 4) else F.relu(convolution(x))
         logits: Tensor = self.fc(x.flatten(1))
         return logits
 

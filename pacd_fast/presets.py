@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +62,12 @@ def machine(device: str = "cpu") -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
+def _natural(text: str) -> list[str | float]:
+    """A key that sorts numbers in a text by their size: 3% before 10%."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
 def add_row(path: str | Path, table: str, key: Sequence[str], row: dict[str, Any], device: str = "cpu") -> None:
     """Puts a row into one table of a results file, in the place of the row with the same values under `key`.
 
@@ -73,7 +80,7 @@ def add_row(path: str | Path, table: str, key: Sequence[str], row: dict[str, Any
         rows = [other for other in rows if any(other.get(name) != row[name] for name in key)]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a results file of benchmarks ({error}); give another --results") from error
-    rows = sorted([*rows, row], key=lambda each: [str(each.get(name)) for name in key])
+    rows = sorted([*rows, row], key=lambda each: [_natural(str(each.get(name))) for name in key])
     content[table] = {
         "machine": machine(device),
         "torch": torch.__version__,
