@@ -195,18 +195,16 @@ struct ChernoffPairs {
   }
 };
 
-// 2x2 max-pooling and ReLU of x [N, H, W, C]: of each window the first largest number, if it is above 0.  PoolPick reads
-// another tensor there (x itself: the pooled values), PoolSpread writes there and 0 elsewhere.  Each is the other's
-// derivative, so that all derivatives are these two.
+// 2x2 max-pooling and ReLU of x [N, H, W, C]: of each window the first largest number, if it is above 0.  PoolChoose says
+// which of the four that is, PoolPick reads another tensor there, PoolSpread writes there and 0 elsewhere.  These two are
+// each other's derivative, so that all derivatives are these two.
 //
-// It is a choice, not arithmetic, so that numbers are taken as signed integers of their width, of any floating type; and
-// written with masks, which the compiler turns into SIMD where it would not turn conditions.  An item is a line of windows in
-// all channels or, with span and together 1, a window in one channel.
-template <class Bits>
+// It is a choice, not arithmetic, so that numbers are taken as signed integers of their width, of any floating type: those
+// above 0 have the order of the numbers, all others are of no interest.  It is written with masks, which the compiler turns
+// into SIMD where it would not turn conditions.  An item is a line of windows in all channels or, with span and together 1,
+// a window in one channel.
 struct Windows {
   int64_t height, width, channels, span, together;  // channels and windows of an item
-  Bits infinity;  // the bits of it
-  const Bits* x;
 
   // Of a window's first channel: at its first corner, and in the pooled tensor.
   struct Place {
@@ -220,116 +218,111 @@ struct Windows {
     return {((image * height + 2 * i) * width + 2 * j) * channels + c, pixel * channels + c};
   }
 
-  // -1 for true, 0 for false.
-  static PACD_INLINE Bits mask(bool truth) { return static_cast<Bits>(-static_cast<Bits>(truth)); }
-
-  // An integer of the same order as the number; NaN is the largest, as in torch.
-  PACD_INLINE Bits order(Bits number) const {
-    constexpr Bits most = std::numeric_limits<Bits>::max();
-    const Bits magnitude = number & most, nan = mask(magnitude > infinity);
-    const Bits finite = magnitude ^ mask(number < 0);
-    return static_cast<Bits>((finite & ~nan) | (most & nan));
-  }
-
-  // Masks of the corner that is chosen, if any.
-  struct Choice {
-    Bits corner[4];
-  };
-
-  PACD_INLINE Choice choice(Bits a, Bits b, Bits c, Bits d) const {
-    a = order(a), b = order(b), c = order(c), d = order(d);
-    const Bits ab = a > b ? a : b, cd = c > d ? c : d, best = ab > cd ? ab : cd;
-    const Bits some = mask(best > 0);
-    const Bits first = mask(a == best) & some, second = mask(b == best) & some & ~first;
-    const Bits third = mask(c == best) & some & ~first & ~second;
-    return {{first, second, third, static_cast<Bits>(some & ~first & ~second & ~third)}};
-  }
+  // From a window's first corner to the one below.
+  PACD_INLINE int64_t below() const { return width * channels; }
 
   // Runs of a length that the compiler knows, for SIMD; the last may overlap the one before.
   template <class Kernel>
   PACD_INLINE void runs(const Kernel& kernel, int64_t item) const {
     Place at = place(item);
-    for (int64_t window = 0; window < together; ++window, at.in += 2 * channels, at.out += channels) run_in(kernel, at);
+    const int64_t count = span;
+    for (int64_t window = 0; window < together; ++window, at.in += 2 * channels, at.out += channels) {
+      if (count >= 16) {
+        for (int64_t c = 0; c < count; c += 16) kernel.template run<16>(at, c + 16 <= count ? c : count - 16);
+      } else if (count >= 4) {
+        for (int64_t c = 0; c < count; c += 4) kernel.template run<4>(at, c + 4 <= count ? c : count - 4);
+      } else {
+        for (int64_t c = 0; c < count; ++c) kernel.template run<1>(at, c);
+      }
+    }
   }
 
-  template <class Kernel>
-  PACD_INLINE void run_in(const Kernel& kernel, const Place& at) const {
-    const int64_t count = span;
-    if (count >= 16) {
-      for (int64_t c = 0; c < count; c += 16) kernel.template run<16>(at, c + 16 <= count ? c : count - 16);
-    } else if (count >= 4) {
-      for (int64_t c = 0; c < count; c += 4) kernel.template run<4>(at, c + 4 <= count ? c : count - 4);
-    } else {
-      for (int64_t c = 0; c < count; ++c) kernel.template run<1>(at, c);
-    }
+  // -1 for true, 0 for false.
+  template <class Bits>
+  static PACD_INLINE Bits mask(bool truth) {
+    return static_cast<Bits>(-static_cast<Bits>(truth));
   }
 };
 
+// The pooled numbers and, where wanted, the choice: 0 to 3 for a corner, 4 for none.
+template <class Bits, bool wanted>
+struct PoolChoose : Windows {
+  Bits infinity;  // the bits of it
+  const Bits* x;
+  Bits* out;
+  uint8_t* choice;
+
+  // NaN is the largest, as in torch.
+  PACD_INLINE Bits order(Bits number) const {
+    constexpr Bits most = std::numeric_limits<Bits>::max();
+    const Bits nan = mask<Bits>((number & most) > infinity);
+    return static_cast<Bits>((number & ~nan) | (most & nan));
+  }
+
+  template <int length>
+  PACD_INLINE void run(const Place& at, int64_t first) const {
+    const int64_t right = channels, below = this->below(), both = below + right;
+    const Bits* from = x + at.in + first;
+    Bits* target = out + at.out + first;
+    uint8_t* which = wanted ? choice + at.out + first : nullptr;
+    PACD_NO_ALIAS for (int i = 0; i < length; ++i) {
+      const Bits a = order(from[i]), b = order(from[i + right]), c = order(from[i + below]), d = order(from[i + both]);
+      const Bits ab = a > b ? a : b, cd = c > d ? c : d, best = ab > cd ? ab : cd;
+      target[i] = best > 0 ? best : Bits(0);
+      if (wanted) {
+        const Bits first_two = ab == best ? Bits(a != best) : Bits(2 + (c != best));
+        which[i] = static_cast<uint8_t>(best > 0 ? first_two : Bits(4));
+      }
+    }
+  }
+
+  PACD_INLINE void operator()(int64_t item) const { runs(*this, item); }
+};
+
 template <class Bits>
-struct PoolPick : Windows<Bits> {
+struct PoolPick : Windows {
+  const uint8_t* choice;
   const Bits* other;
   Bits* out;
 
   template <int length>
-  PACD_INLINE void run(const typename Windows<Bits>::Place& at, int64_t first) const {
-    const int64_t right = this->channels, below = this->width * this->channels, both = below + right;
-    const Bits *x = this->x + at.in + first, *from = other + at.in + first;
+  PACD_INLINE void run(const Place& at, int64_t first) const {
+    const int64_t right = channels, below = this->below(), both = below + right;
+    const uint8_t* which = choice + at.out + first;
+    const Bits* from = other + at.in + first;
     Bits* target = out + at.out + first;
     PACD_NO_ALIAS for (int c = 0; c < length; ++c) {
-      const auto chosen = this->choice(x[c], x[c + right], x[c + below], x[c + both]);
-      target[c] = static_cast<Bits>((from[c] & chosen.corner[0]) | (from[c + right] & chosen.corner[1]) |
-                                    (from[c + below] & chosen.corner[2]) | (from[c + both] & chosen.corner[3]));
+      const Bits corner = which[c];
+      target[c] = static_cast<Bits>((from[c] & mask<Bits>(corner == 0)) | (from[c + right] & mask<Bits>(corner == 1)) |
+                                    (from[c + below] & mask<Bits>(corner == 2)) | (from[c + both] & mask<Bits>(corner == 3)));
     }
   }
 
-  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, item); }
-};
-
-// PoolPick of x itself.  Negative numbers lose to 0 as integers too, so that the largest integer is the result, but for NaN.
-template <class Bits>
-struct PoolMax : Windows<Bits> {
-  using Unsigned = std::make_unsigned_t<Bits>;
-  Bits* out;
-
-  template <int length>
-  PACD_INLINE void run(const typename Windows<Bits>::Place& at, int64_t first) const {
-    const int64_t right = this->channels, below = this->width * this->channels, both = below + right;
-    const Bits* x = this->x + at.in + first;
-    Bits* target = out + at.out + first;
-    const Unsigned lowest = static_cast<Unsigned>(this->infinity) | (Unsigned(1) << (8 * sizeof(Bits) - 1));
-    PACD_NO_ALIAS for (int c = 0; c < length; ++c) {
-      const Bits p = x[c], q = x[c + right], r = x[c + below], s = x[c + both];
-      const Bits pq = p > q ? p : q, rs = r > s ? r : s, best = pq > rs ? pq : rs, kept = best > 0 ? best : 0;
-      const Unsigned up = p, uq = q, ur = r, us = s;
-      const Unsigned upq = up > uq ? up : uq, urs = ur > us ? ur : us, highest = upq > urs ? upq : urs;
-      const Bits nan = this->mask(highest > lowest);  // a NaN with the sign bit; others are the largest anyway
-      target[c] = static_cast<Bits>(kept | (nan & std::numeric_limits<Bits>::max()));
-    }
-  }
-
-  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, item); }
+  PACD_INLINE void operator()(int64_t item) const { runs(*this, item); }
 };
 
 template <class Bits>
-struct PoolSpread : Windows<Bits> {
+struct PoolSpread : Windows {
+  const uint8_t* choice;
   const Bits* grad;
   Bits* out;
 
   template <int length>
-  PACD_INLINE void run(const typename Windows<Bits>::Place& at, int64_t first) const {
-    const int64_t right = this->channels, below = this->width * this->channels, both = below + right;
-    const Bits *x = this->x + at.in + first, *from = grad + at.out + first;
+  PACD_INLINE void run(const Place& at, int64_t first) const {
+    const int64_t right = channels, below = this->below(), both = below + right;
+    const uint8_t* which = choice + at.out + first;
+    const Bits* from = grad + at.out + first;
     Bits* target = out + at.in + first;
     PACD_NO_ALIAS for (int c = 0; c < length; ++c) {
-      const auto chosen = this->choice(x[c], x[c + right], x[c + below], x[c + both]);
-      target[c] = from[c] & chosen.corner[0];
-      target[c + right] = from[c] & chosen.corner[1];
-      target[c + below] = from[c] & chosen.corner[2];
-      target[c + both] = from[c] & chosen.corner[3];
+      const Bits corner = which[c];
+      target[c] = from[c] & mask<Bits>(corner == 0);
+      target[c + right] = from[c] & mask<Bits>(corner == 1);
+      target[c + below] = from[c] & mask<Bits>(corner == 2);
+      target[c + both] = from[c] & mask<Bits>(corner == 3);
     }
   }
 
-  PACD_INLINE void operator()(int64_t item) const { this->runs(*this, item); }
+  PACD_INLINE void operator()(int64_t item) const { runs(*this, item); }
 };
 
 struct NormalQuantile {

@@ -58,7 +58,7 @@ Tensor narrow_grad(Tensor grad, Tensor filters, int64_t height, int64_t width) {
                   "narrow_grad: expected grad [N, C, H, W] and float32 filters [C, 1, k, k]");
   const int64_t channels = grad.size(1), size = filters.size(2);
   STD_TORCH_CHECK(grad.size(2) == height - size + 1 && grad.size(3) == width - size + 1, "narrow_grad: sizes do not fit");
-  const Tensor slopes = torch::stable::contiguous(grad, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor slopes = channels_last(grad);
   const Tensor given = torch::stable::contiguous(filters);
   Tensor out = torch::stable::new_zeros(grad, {grad.size(0), 1, height, width}, ScalarType::Float);
   with_float_type(grad.scalar_type(), [&](auto type) {

@@ -32,8 +32,10 @@ inline constexpr const char* schemas[] = {
     "normal_quantile(Tensor p, bool up) -> Tensor",
     "chernoff_newton(Tensor alpha, Tensor y, float q) -> (Tensor, Tensor)",
     "chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor pairs, float q, int classes) -> (Tensor, Tensor)",
-    "pool_pick(Tensor x, Tensor other) -> Tensor",
-    "pool_spread(Tensor x, Tensor grad) -> Tensor",
+    "pool_max(Tensor x) -> Tensor",
+    "pool_choose(Tensor x) -> (Tensor, Tensor)",
+    "pool_pick(Tensor choice, Tensor other) -> Tensor",
+    "pool_spread(Tensor choice, Tensor grad, SymInt height, SymInt width) -> Tensor",
     "soft_smooth(Tensor logits, float beta) -> Tensor",
     "soft_smooth_backward(Tensor grad, Tensor logits, float beta) -> Tensor",
     "soft_radius(Tensor logits, Tensor labels, float beta, float sigma, float squeeze) -> (Tensor, Tensor)",
@@ -210,50 +212,99 @@ void with_real_type(ScalarType dtype, Run run) {
   run(double{});
 }
 
-template <class Exec, template <class> class Kernel>
-Tensor pooled(const char* name, const Tensor& windows, const Tensor& numbers, std::vector<int64_t> size) {
-  STD_TORCH_CHECK(numbers.scalar_type() == windows.scalar_type(), name, ": expected two tensors of one dtype");
-  constexpr auto layout = torch::headeronly::MemoryFormat::ChannelsLast;
-  const Tensor x = torch::stable::contiguous(windows, layout), other = torch::stable::contiguous(numbers, layout);
-  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
-  const bool odd = (height % 2 || width % 2) && size[2] == height && size[3] == width;  // a rim that no window covers
-  Tensor out = torch::stable::empty(size, x.scalar_type(), std::nullopt, x.device(), std::nullopt, layout);
-  if (odd) torch::stable::zero_(out);
-  if (x.numel() == 0) return out;
+inline Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast); }
+
+inline Tensor empty_channels_last(const Tensor& on, std::vector<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(size, dtype, std::nullopt, on.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Calls run(infinity), the bits of infinity as a signed integer of a floating dtype's width.
+template <class Run>
+void with_bits(ScalarType dtype, Run run) {
+  if (dtype == ScalarType::Float) return run(int32_t{0x7F800000});
+  if (dtype == ScalarType::Double) return run(int64_t{0x7FF0000000000000});
+  if (dtype == ScalarType::BFloat16) return run(int16_t{0x7F80});
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "expected a floating dtype");
+  run(int16_t{0x7C00});
+}
+
+// Runs make(windows) over the windows of a [N, C, height, width] that is in channels_last.
+template <class Exec, class Make>
+void run_windows(const Tensor& on, int64_t height, int64_t width, const Make& make) {
+  const int64_t images = on.size(0), channels = on.size(1), lines = images * (height / 2);
+  if (lines * channels * (width / 2) == 0) return;
   const int64_t span = Exec::channels_together ? channels : 1, together = Exec::channels_together ? width / 2 : 1;
-  const bool itself = other.data_ptr() == x.data_ptr() && size[2] != height;
-  const int64_t items = x.size(0) * (height / 2) * (width / 2 / together) * (channels / span), grain = 4096 / (span * together) + 1;
-  auto launch = [&](auto infinity) {
+  Exec::run_rows(make(Windows{height, width, channels, span, together}), lines * (width / 2 / together) * (channels / span),
+                 4096 / (span * together) + 1, on);
+}
+
+template <class Exec, bool wanted>
+std::tuple<Tensor, Tensor> pool(const Tensor& given) {
+  STD_TORCH_CHECK(given.dim() == 4, "pool: x must be [N, C, H, W]");
+  const Tensor x = channels_last(given);
+  const std::vector<int64_t> size{x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2};
+  Tensor out = empty_channels_last(x, size, x.scalar_type());
+  Tensor choice = empty_channels_last(x, wanted ? size : std::vector<int64_t>{0, 1, 1, 1}, ScalarType::Byte);
+  with_bits(x.scalar_type(), [&](auto infinity) {
     using Bits = decltype(infinity);
-    const Windows<Bits> windows{height, width, channels, span, together, infinity, static_cast<const Bits*>(x.data_ptr())};
-    auto* target = static_cast<Bits*>(out.data_ptr());
-    if (itself) return Exec::run_rows(PoolMax<Bits>{windows, target}, items, grain, x);
-    Exec::run_rows(Kernel<Bits>{windows, static_cast<const Bits*>(other.data_ptr()), target}, items, grain, x);
-  };
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  name, ": expected a floating dtype");
-  if (dtype == ScalarType::Float) launch(int32_t{0x7F800000});
-  if (dtype == ScalarType::Double) launch(int64_t{0x7FF0000000000000});
-  if (dtype == ScalarType::BFloat16) launch(int16_t{0x7F80});
-  if (dtype == ScalarType::Half) launch(int16_t{0x7C00});
+    run_windows<Exec>(x, x.size(2), x.size(3), [&](const Windows& windows) {
+      return PoolChoose<Bits, wanted>{windows, infinity, static_cast<const Bits*>(x.data_ptr()), static_cast<Bits*>(out.data_ptr()),
+                                      static_cast<uint8_t*>(choice.data_ptr())};
+    });
+  });
+  return {out, choice};
+}
+
+template <class Exec>
+Tensor pool_max(Tensor x) {
+  return std::get<0>(pool<Exec, false>(x));
+}
+
+// The pooled numbers, and which of each window they are, as uint8.
+template <class Exec>
+std::tuple<Tensor, Tensor> pool_choose(Tensor x) {
+  return pool<Exec, true>(x);
+}
+
+inline void check_choice(const char* name, const Tensor& choice, const Tensor& other, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(choice.dim() == 4 && other.dim() == 4 && choice.scalar_type() == ScalarType::Byte &&
+                      choice.size(0) == other.size(0) && choice.size(1) == other.size(1) && choice.size(2) == height / 2 &&
+                      choice.size(3) == width / 2,
+                  name, ": choice must be uint8 [N, C, H / 2, W / 2]");
+}
+
+template <class Exec>
+Tensor pool_pick(Tensor choice, Tensor other) {
+  STD_TORCH_CHECK(other.dim() == 4, "pool_pick: other must be [N, C, H, W]");
+  const int64_t height = other.size(2), width = other.size(3);
+  check_choice("pool_pick", choice, other, height, width);
+  const Tensor which = channels_last(choice), from = channels_last(other);
+  Tensor out = empty_channels_last(from, {from.size(0), from.size(1), height / 2, width / 2}, from.scalar_type());
+  with_bits(from.scalar_type(), [&](auto infinity) {
+    using Bits = decltype(infinity);
+    run_windows<Exec>(from, height, width, [&](const Windows& windows) {
+      return PoolPick<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
+                            static_cast<Bits*>(out.data_ptr())};
+    });
+  });
   return out;
 }
 
 template <class Exec>
-Tensor pool_pick(Tensor x, Tensor other) {
-  STD_TORCH_CHECK(x.dim() == 4 && other.dim() == 4, "pool_pick: expected [N, C, H, W]");
-  for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(other.size(d) == x.size(d), "pool_pick: x and other differ in shape");
-  return pooled<Exec, PoolPick>("pool_pick", x, other, {x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2});
-}
-
-template <class Exec>
-Tensor pool_spread(Tensor x, Tensor grad) {
-  STD_TORCH_CHECK(x.dim() == 4 && grad.dim() == 4, "pool_spread: expected [N, C, H, W]");
-  for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(grad.size(d) == (d < 2 ? x.size(d) : x.size(d) / 2), "pool_spread: grad must have the pooled shape of x");
-  }
-  return pooled<Exec, PoolSpread>("pool_spread", x, grad, {x.size(0), x.size(1), x.size(2), x.size(3)});
+Tensor pool_spread(Tensor choice, Tensor grad, int64_t height, int64_t width) {
+  check_choice("pool_spread", choice, grad, height, width);
+  STD_TORCH_CHECK(grad.size(2) == height / 2 && grad.size(3) == width / 2, "pool_spread: grad must have the shape of choice");
+  const Tensor which = channels_last(choice), from = channels_last(grad);
+  Tensor out = empty_channels_last(from, {from.size(0), from.size(1), height, width}, from.scalar_type());
+  if (height % 2 || width % 2) torch::stable::zero_(out);  // a rim that no window covers
+  with_bits(from.scalar_type(), [&](auto infinity) {
+    using Bits = decltype(infinity);
+    run_windows<Exec>(from, height, width, [&](const Windows& windows) {
+      return PoolSpread<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
+                              static_cast<Bits*>(out.data_ptr())};
+    });
+  });
+  return out;
 }
 
 inline void check_soft(const char* name, const Tensor& logits, double beta) {
@@ -351,6 +402,8 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("normal_quantile", TORCH_BOX(&normal_quantile<Exec>));
   library.impl("chernoff_newton", TORCH_BOX(&chernoff_newton<Exec>));
   library.impl("chernoff_newton_pairs", TORCH_BOX(&chernoff_newton_pairs<Exec>));
+  library.impl("pool_max", TORCH_BOX(&pool_max<Exec>));
+  library.impl("pool_choose", TORCH_BOX(&pool_choose<Exec>));
   library.impl("pool_pick", TORCH_BOX(&pool_pick<Exec>));
   library.impl("pool_spread", TORCH_BOX(&pool_spread<Exec>));
   library.impl("soft_smooth", TORCH_BOX(&soft_smooth<Exec>));

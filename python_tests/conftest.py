@@ -189,6 +189,20 @@ def _gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def _tangent(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The product with the Jacobian, as the transpose of that with its transpose."""
+
+    def run(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        out = function(leaf)
+        weights = torch.zeros_like(out, requires_grad=True)
+        direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
+        (slope,) = torch.autograd.grad(out, leaf, weights, create_graph=True)
+        return torch.autograd.grad(slope, weights, direction)[0]
+
+    return run
+
+
 def _same(ours: Tensor, plain: Tensor) -> None:
     assert torch.equal(ours, plain)
 
@@ -220,7 +234,13 @@ CASES = {
     "normal_quantile": Case(
         "normal_quantile", ops.normal_quantile, reference.normal_quantile, _quantile_arguments, _quantile_close
     ),
-    "max_pool_relu": Case("pool_pick", ops.max_pool_relu, reference.max_pool_relu, _pooled, _same),
+    "max_pool_relu": Case("pool_choose", ops.max_pool_relu, reference.max_pool_relu, _pooled, _same),
+    "max_pool_relu, in inference": Case(
+        "pool_max", torch.ops.pacd_fast.pool_max, reference.max_pool_relu, _pooled, _same
+    ),
+    "max_pool_relu, tangent": Case(
+        "pool_pick", _tangent(ops.max_pool_relu), _tangent(reference.max_pool_relu), _pooled, _same
+    ),
     "max_pool_relu, gradient": Case(
         "pool_spread", _gradient(ops.max_pool_relu), _gradient(reference.max_pool_relu), _pooled, _same
     ),
