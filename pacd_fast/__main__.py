@@ -187,16 +187,6 @@ def _add_data(sub: argparse.ArgumentParser, held_out: int | None = 0) -> None:
     sub.add_argument("--train-images", type=int, help="keep this many training images, the first ones; by default all")
 
 
-def _data(options: argparse.Namespace) -> datasets.Dataset:
-    return datasets.load(
-        options.data,
-        data_dir=options.data_dir,
-        download=options.download,
-        validation=options.validation,
-        train_images=options.train_images,
-    )
-
-
 def device_of(name: str) -> torch.device:
     """cpu, cuda, cuda:i, or auto: CUDA where a device and our operators are there."""
     if name == "auto":
@@ -215,7 +205,7 @@ def device_of(name: str) -> torch.device:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    device, data = device_of(options.device), _data(options)
+    device, data = device_of(options.device), datasets.from_options(options)
     if options.poison is not None:
         data = Poison.load(options.poison).apply(data)
     if options.seeds < 1:
@@ -287,7 +277,7 @@ def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
 
 
 def run_certify(options: argparse.Namespace) -> None:
-    device, data = device_of(options.device), _data(options)
+    device, data = device_of(options.device), datasets.from_options(options)
     images, labels = data.split(options.split)
     chosen = _chosen(options, labels)
     checkpoint = models.load_checkpoint(
@@ -344,7 +334,7 @@ def run_certify(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    device, data = device_of(options.device), _data(options)
+    device, data = device_of(options.device), datasets.from_options(options)
     images, labels = data.split(options.split)
     if options.target_class is not None:
         chosen = labels == options.target_class

@@ -280,10 +280,4 @@ def load(options: argparse.Namespace) -> Dataset:
         options.validation = int(held.get("validation") or 0)
     if options.train_images is None:
         options.train_images = held.get("train_images")
-    return datasets.load(
-        options.data,
-        data_dir=options.data_dir,
-        download=options.download,
-        validation=options.validation,
-        train_images=options.train_images,
-    )
+    return datasets.from_options(options)

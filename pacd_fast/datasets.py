@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import importlib.metadata
@@ -158,6 +159,17 @@ def load(
         x_val=tensors["x_train"][train:],
         y_val=tensors["y_train"][train:],
         class_names=class_names,
+    )
+
+
+def from_options(options: argparse.Namespace) -> Dataset:
+    """What a command line asks for by --data, --data-dir, --download, --validation and --train-images."""
+    return load(
+        options.data,
+        data_dir=options.data_dir,
+        download=options.download,
+        validation=options.validation,
+        train_images=options.train_images,
     )
 
 
