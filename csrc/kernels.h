@@ -227,12 +227,12 @@ struct Windows {
     Place at = place(item);
     const int64_t count = span;
     for (int64_t window = 0; window < together; ++window, at.in += 2 * channels, at.out += channels) {
-      if (count >= 16) {
-        for (int64_t c = 0; c < count; c += 16) kernel.template run<16>(at, c + 16 <= count ? c : count - 16);
-      } else if (count >= 4) {
-        for (int64_t c = 0; c < count; c += 4) kernel.template run<4>(at, c + 4 <= count ? c : count - 4);
+      int64_t c = 0;
+      for (; c + 16 <= count; c += 16) kernel.template run<16>(at, c);
+      if (count >= 8) {
+        for (; c < count; c += 8) kernel.template run<8>(at, c + 8 <= count ? c : count - 8);
       } else {
-        for (int64_t c = 0; c < count; ++c) kernel.template run<1>(at, c);
+        for (; c < count; ++c) kernel.template run<1>(at, c);
       }
     }
   }

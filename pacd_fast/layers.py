@@ -15,8 +15,7 @@ __all__ = ["convolution", "max_pool_relu"]
 def max_pool_relu(x: Tensor) -> Tensor:
     """2x2 max-pooling, then ReLU: the same numbers as the other way round, from a quarter of the ReLUs.
 
-    The default layout keeps torch's operators; in channels_last on a CPU they are slow (benchmarks/bench_ops.py), but
-    for float32's gradient.
+    The default layout keeps torch's operators; in channels_last on a CPU they are slow (benchmarks/bench_ops.py).
     """
     if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last):
         return ops.max_pool_relu(x)

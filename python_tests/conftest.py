@@ -147,7 +147,15 @@ def _pooled() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Channels for SIMD and for what is left over, odd sizes, ties, infinities, and both layouts."""
     cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for shape in ((3, 20, 6, 4), (2, 50, 5, 7), (2, 16, 2, 2), (4, 1, 4, 4), (1, 3, 9, 2), (0, 4, 4, 4)):
+        for shape in (
+            (3, 20, 6, 4),
+            (2, 50, 5, 7),
+            (2, 16, 2, 2),
+            (2, 11, 4, 6),
+            (4, 1, 4, 4),
+            (1, 3, 9, 2),
+            (0, 4, 4, 4),
+        ):
             x = torch.randn(shape).mul(2).round().to(dtype)
             x[:, :, :2, :2] = x[:, :, :2, :2].abs().neg()
             if len(x):
