@@ -15,6 +15,7 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "pooling.h"
 #include "soft.h"
 
 namespace pacd {
@@ -210,101 +211,6 @@ void with_real_type(ScalarType dtype, Run run) {
   if (dtype == ScalarType::Float) return run(float{});
   STD_TORCH_CHECK(dtype == ScalarType::Double, "expected float32 or float64");
   run(double{});
-}
-
-inline Tensor channels_last(const Tensor& x) { return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast); }
-
-inline Tensor empty_channels_last(const Tensor& on, std::vector<int64_t> size, ScalarType dtype) {
-  return torch::stable::empty(size, dtype, std::nullopt, on.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-// Calls run(infinity), the bits of infinity as a signed integer of a floating dtype's width.
-template <class Run>
-void with_bits(ScalarType dtype, Run run) {
-  if (dtype == ScalarType::Float) return run(int32_t{0x7F800000});
-  if (dtype == ScalarType::Double) return run(int64_t{0x7FF0000000000000});
-  if (dtype == ScalarType::BFloat16) return run(int16_t{0x7F80});
-  STD_TORCH_CHECK(dtype == ScalarType::Half, "expected a floating dtype");
-  run(int16_t{0x7C00});
-}
-
-// Runs make(windows) over the windows of a [N, C, height, width] that is in channels_last.
-template <class Exec, class Make>
-void run_windows(const Tensor& on, int64_t height, int64_t width, const Make& make) {
-  const int64_t images = on.size(0), channels = on.size(1), lines = images * (height / 2);
-  if (lines * channels * (width / 2) == 0) return;
-  const int64_t span = Exec::channels_together ? channels : 1, together = Exec::channels_together ? width / 2 : 1;
-  Exec::run_rows(make(Windows{height, width, channels, span, together}), lines * (width / 2 / together) * (channels / span),
-                 4096 / (span * together) + 1, on);
-}
-
-template <class Exec, bool wanted>
-std::tuple<Tensor, Tensor> pool(const Tensor& given) {
-  STD_TORCH_CHECK(given.dim() == 4, "pool: x must be [N, C, H, W]");
-  const Tensor x = channels_last(given);
-  const std::vector<int64_t> size{x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2};
-  Tensor out = empty_channels_last(x, size, x.scalar_type());
-  Tensor choice = empty_channels_last(x, wanted ? size : std::vector<int64_t>{0, 1, 1, 1}, ScalarType::Byte);
-  with_bits(x.scalar_type(), [&](auto infinity) {
-    using Bits = decltype(infinity);
-    run_windows<Exec>(x, x.size(2), x.size(3), [&](const Windows& windows) {
-      return PoolChoose<Bits, wanted>{windows, infinity, static_cast<const Bits*>(x.data_ptr()), static_cast<Bits*>(out.data_ptr()),
-                                      static_cast<uint8_t*>(choice.data_ptr())};
-    });
-  });
-  return {out, choice};
-}
-
-template <class Exec>
-Tensor pool_max(Tensor x) {
-  return std::get<0>(pool<Exec, false>(x));
-}
-
-// The pooled numbers, and which of each window they are, as uint8.
-template <class Exec>
-std::tuple<Tensor, Tensor> pool_choose(Tensor x) {
-  return pool<Exec, true>(x);
-}
-
-inline void check_choice(const char* name, const Tensor& choice, const Tensor& other, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(choice.dim() == 4 && other.dim() == 4 && choice.scalar_type() == ScalarType::Byte &&
-                      choice.size(0) == other.size(0) && choice.size(1) == other.size(1) && choice.size(2) == height / 2 &&
-                      choice.size(3) == width / 2,
-                  name, ": choice must be uint8 [N, C, H / 2, W / 2]");
-}
-
-template <class Exec>
-Tensor pool_pick(Tensor choice, Tensor other) {
-  STD_TORCH_CHECK(other.dim() == 4, "pool_pick: other must be [N, C, H, W]");
-  const int64_t height = other.size(2), width = other.size(3);
-  check_choice("pool_pick", choice, other, height, width);
-  const Tensor which = channels_last(choice), from = channels_last(other);
-  Tensor out = empty_channels_last(from, {from.size(0), from.size(1), height / 2, width / 2}, from.scalar_type());
-  with_bits(from.scalar_type(), [&](auto infinity) {
-    using Bits = decltype(infinity);
-    run_windows<Exec>(from, height, width, [&](const Windows& windows) {
-      return PoolPick<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
-                            static_cast<Bits*>(out.data_ptr())};
-    });
-  });
-  return out;
-}
-
-template <class Exec>
-Tensor pool_spread(Tensor choice, Tensor grad, int64_t height, int64_t width) {
-  check_choice("pool_spread", choice, grad, height, width);
-  STD_TORCH_CHECK(grad.size(2) == height / 2 && grad.size(3) == width / 2, "pool_spread: grad must have the shape of choice");
-  const Tensor which = channels_last(choice), from = channels_last(grad);
-  Tensor out = empty_channels_last(from, {from.size(0), from.size(1), height, width}, from.scalar_type());
-  if (height % 2 || width % 2) torch::stable::zero_(out);  // a rim that no window covers
-  with_bits(from.scalar_type(), [&](auto infinity) {
-    using Bits = decltype(infinity);
-    run_windows<Exec>(from, height, width, [&](const Windows& windows) {
-      return PoolSpread<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
-                              static_cast<Bits*>(out.data_ptr())};
-    });
-  });
-  return out;
 }
 
 inline void check_soft(const char* name, const Tensor& logits, double beta) {
