@@ -63,6 +63,12 @@ def process(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     )
 
 
+def test_a_reader_that_goes_away_is_no_error():
+    running = process(["info"])
+    running.stdout.close()
+    assert running.stderr.read() == "" and running.wait() == 141
+
+
 def run(arguments: list[str], **environment: str) -> str:
     done = process(arguments, **environment)
     out, error = done.communicate()
