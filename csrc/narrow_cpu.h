@@ -1,5 +1,5 @@
-// The gradient of a convolution (stride 1, no padding) with respect to images of one channel, on the CPU, where torch takes
-// eight forward passes for it; pacd_fast/layers.py has the layer.
+// The gradient of a convolution (stride 1, no padding) with respect to images of one channel, on the CPU, where torch is slow
+// (benchmarks/bench_ops.py); pacd_fast/layers.py has the layer.
 #pragma once
 
 #include <algorithm>

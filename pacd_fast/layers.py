@@ -23,14 +23,17 @@ def max_pool_relu(x: Tensor) -> Tensor:
 
 
 def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """layer(x), with a quicker way back to images of one channel on a CPU, which takes torch eight forward passes.
+    """layer(x), with a quicker way back to images of one channel on a CPU, for which torch is slow.
 
-    layer: of stride 1, without padding, dilation or groups.
+    Quick for square filters of 3, 5 or 7 and plain steps (no stride, padding, dilation or groups); any other layer, and
+    any other x, is torch's affair.
     """
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     narrow = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == 1 and x.requires_grad and dtype in ops.FLOATS
-    narrow = narrow and layer.kernel_size in ((3, 3), (5, 5), (7, 7)) and (autocast or layer.weight.dtype == dtype)
+    narrow = narrow and (autocast or layer.weight.dtype == dtype) and layer.kernel_size in ((3, 3), (5, 5), (7, 7))
+    narrow = narrow and layer.stride == layer.dilation == (1, 1) and layer.padding in ((0, 0), "valid")
+    narrow = narrow and layer.in_channels == layer.groups == 1
     if narrow and not _transformed(x, layer.weight, layer.bias):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         found: Tensor = _Narrow.apply(x.to(dtype), layer.weight.to(dtype), bias)

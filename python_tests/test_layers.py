@@ -40,6 +40,18 @@ def test_convolution_of_one_channel(size, dtype, bias):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"padding": 1}, {"padding": "same"}, {"dilation": 2}, {"padding": 2, "padding_mode": "circular"}],
+    ids=str,
+)
+def test_other_convolutions_are_torchs(options):
+    layer, x = nn.Conv2d(1, 4, 3, **options), torch.rand(2, 1, 9, 8).requires_grad_()
+    y, expected = layers.convolution(layer, x), layer(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], torch.autograd.grad(expected.square().sum(), x)[0])
+
+
 def test_convolution_of_one_channel_has_all_derivatives():
     layer, x = nn.Conv2d(1, 4, 3), torch.rand(2, 1, 6, 5).requires_grad_()
     v = torch.randn(2, 1, 6, 5)
