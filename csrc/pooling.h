@@ -207,38 +207,36 @@ inline void check_choice(const char* name, const Tensor& choice, const Tensor& o
                   name, ": choice must be uint8 [N, C, H / 2, W / 2]");
 }
 
-template <class Exec>
-Tensor pool_pick(Tensor choice, Tensor other) {
-  STD_TORCH_CHECK(other.dim() == 4, "pool_pick: other must be [N, C, H, W]");
-  const int64_t height = other.size(2), width = other.size(3);
-  check_choice("pool_pick", choice, other, height, width);
-  const Tensor which = channels_last(choice), from = channels_last(other);
-  Tensor out = empty_channels_last(from, {from.size(0), from.size(1), height / 2, width / 2}, from.scalar_type());
+// out from the windows of [N, C, height, width], of which one of `numbers` and out has the shape and the other is pooled.
+template <class Exec, template <class> class Kernel>
+Tensor by_choice(const Tensor& choice, const Tensor& numbers, int64_t height, int64_t width, Tensor out) {
+  const Tensor which = channels_last(choice), from = channels_last(numbers);
   with_bits(from.scalar_type(), [&](auto infinity) {
     using Bits = decltype(infinity);
     run_windows<Exec>(from, height, width, [&](const Windows& windows) {
-      return PoolPick<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
-                            static_cast<Bits*>(out.data_ptr())};
+      return Kernel<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
+                          static_cast<Bits*>(out.data_ptr())};
     });
   });
   return out;
 }
 
 template <class Exec>
+Tensor pool_pick(Tensor choice, Tensor other) {
+  STD_TORCH_CHECK(other.dim() == 4, "pool_pick: other must be [N, C, H, W]");
+  const int64_t height = other.size(2), width = other.size(3);
+  check_choice("pool_pick", choice, other, height, width);
+  Tensor out = empty_channels_last(other, {other.size(0), other.size(1), height / 2, width / 2}, other.scalar_type());
+  return by_choice<Exec, PoolPick>(choice, other, height, width, out);
+}
+
+template <class Exec>
 Tensor pool_spread(Tensor choice, Tensor grad, int64_t height, int64_t width) {
   check_choice("pool_spread", choice, grad, height, width);
   STD_TORCH_CHECK(grad.size(2) == height / 2 && grad.size(3) == width / 2, "pool_spread: grad must have the shape of choice");
-  const Tensor which = channels_last(choice), from = channels_last(grad);
-  Tensor out = empty_channels_last(from, {from.size(0), from.size(1), height, width}, from.scalar_type());
+  Tensor out = empty_channels_last(grad, {grad.size(0), grad.size(1), height, width}, grad.scalar_type());
   if (height % 2 || width % 2) torch::stable::zero_(out);  // a rim that no window covers
-  with_bits(from.scalar_type(), [&](auto infinity) {
-    using Bits = decltype(infinity);
-    run_windows<Exec>(from, height, width, [&](const Windows& windows) {
-      return PoolSpread<Bits>{windows, static_cast<const uint8_t*>(which.data_ptr()), static_cast<const Bits*>(from.data_ptr()),
-                              static_cast<Bits*>(out.data_ptr())};
-    });
-  });
-  return out;
+  return by_choice<Exec, PoolSpread>(choice, grad, height, width, out);
 }
 
 }  // namespace pacd
