@@ -18,6 +18,7 @@ import torch
 import pacd_fast
 from pacd_fast import (
     attack_commands,
+    checkpoints,
     datasets,
     evaluate,
     flip_experiments,
@@ -288,7 +289,7 @@ def run_certify(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), datasets.from_options(options)
     images, labels = data.split(options.split)
     chosen = _chosen(options, labels)
-    checkpoint = models.load_checkpoint(
+    checkpoint = checkpoints.load(
         options.checkpoint,
         arch=options.model,
         num_classes=data.num_classes,
@@ -352,7 +353,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         attacked = datasets.random_subset(labels, None, min(options.count, len(labels)), options.choice)
     measured = []
     for path in options.checkpoint:
-        checkpoint = models.load_checkpoint(
+        checkpoint = checkpoints.load(
             path,
             arch=options.model,
             num_classes=data.num_classes,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pacd_fast import _C, checkpoints, victims
+from pacd_fast import _C, unfinished, victims
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import at_least, eval_mode, layout, not_negative, positive
 from pacd_fast.poison import Ball, Poison
@@ -422,11 +422,11 @@ class _Crafting:
                 for s in self.surrogates
             ],
         }
-        checkpoints.write(path, self._described(), state)
+        unfinished.write(path, self._described(), state)
 
     def resume(self, path: Path) -> None:
         """Takes up the state in a file, where there is one.  Raises ValueError where it is not of this run."""
-        state = checkpoints.read(path, self._described(), "crafting", self.device)
+        state = unfinished.read(path, self._described(), "crafting", self.device)
         if state is None:
             return
         with torch.no_grad():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from pacd_fast import _C, checkpoints, models
+from pacd_fast import _C, models, unfinished
 from pacd_fast.bilevel import Composite, SolverWarning, hypergradient
 from pacd_fast.datasets import Dataset, as_float, random_subset
 from pacd_fast.losses import Gaussian, Loss, SmoothAdv
@@ -243,11 +243,11 @@ class _State:
     def save(self, path: Path) -> None:
         content = {name: getattr(self, name) for name in (*self.NUMBERS, *self.TENSORS, "q")}
         content |= {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoints.write(path, self.run, content)
+        unfinished.write(path, self.run, content)
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of this very run; from the start where there is none yet."""
-        content = checkpoints.read(path, self.run, "crafting", self.device)
+        content = unfinished.read(path, self.run, "crafting", self.device)
         if content is None:
             return
         for name in (*self.NUMBERS, *self.TENSORS, "q"):

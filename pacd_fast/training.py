@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pacd_fast import _C, checkpoints
+from pacd_fast import _C, unfinished
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import (
     METHODS,
@@ -186,7 +186,7 @@ def fit(
                     file.write(json.dumps(line) + "\n")
             if checkpoint is not None:
                 state = {"model": model.state_dict(), "optimizer": method.state_dict(), "epoch": epoch + 1}
-                checkpoints.write(Path(checkpoint), described, state)
+                unfinished.write(Path(checkpoint), described, state)
             if after_epoch is not None:
                 after_epoch(epoch, model)
     finally:
@@ -265,7 +265,7 @@ def _fields(loss: Any) -> str:
 
 def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:
     """Loads a checkpoint of this very run and returns the next epoch; 0 where there is none yet."""
-    state = checkpoints.read(path, described, "training", next(model.parameters()).device)
+    state = unfinished.read(path, described, "training", next(model.parameters()).device)
     if state is None:
         return 0
     try:

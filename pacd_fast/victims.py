@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pacd_fast import models, training
+from pacd_fast import checkpoints, models, training
 from pacd_fast.datasets import Dataset
 from pacd_fast.losses import METHODS, Loss
 
@@ -138,7 +138,7 @@ def train(
         "seed": str(seed),
     }
     if resume and out.exists():
-        done = models.load_checkpoint(out, arch=model)
+        done = checkpoints.load(out, arch=model)
         for key, value in metadata.items():
             if (before := done.metadata.get(key, "")) != value:
                 raise ValueError(
@@ -168,6 +168,6 @@ def train(
         metrics=metrics,
         progress=progress,
     )
-    models.save_checkpoint(out, network, metadata)
+    checkpoints.save(out, network, metadata)
     partial.unlink(missing_ok=True)
     return network

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from pacd_fast import checkpoints
 from pacd_fast.__main__ import main
-from pacd_fast.models import build, load_checkpoint, save_checkpoint
+from pacd_fast.models import build
 
 # Certifies in the tests: enough samples that a wrong stream, batch or seed shows, few enough for seconds.
 CERTIFY = ["certify", "--data", "mnist5k", "--sigma", "0.5", "--n", "2000", "--skip", "100", "--seed", "7"]
@@ -40,7 +41,7 @@ def checkpoint(tmp_path_factory) -> Path:
         "image_size": "28x28",
         "sigma": "0.5",
     }
-    save_checkpoint(path, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
+    checkpoints.save(path, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
     return path
 
 
@@ -50,7 +51,7 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def weights(path: Path) -> str:
-    return load_checkpoint(path).fingerprint
+    return checkpoints.load(path).fingerprint
 
 
 def process(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -284,7 +285,7 @@ def test_bad_certify_is_one_line_and_changes_nothing(message, certified, checkpo
 def test_another_model_is_another_run(certified, tmp_path, capsys):
     other, out = tmp_path / "other.safetensors", tmp_path / "results.tsv"
     metadata = {"architecture": "mnist-cnn", "num_classes": "10", "in_channels": "1", "image_size": "28x28"}
-    save_checkpoint(other, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
+    checkpoints.save(other, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
     out.write_bytes(certified.read_bytes())
     assert main([*CERTIFY, "--checkpoint", str(other), "--out", str(out)]) == 2
     assert "model is mnist-cnn@" in capsys.readouterr().err and out.read_bytes() == certified.read_bytes()

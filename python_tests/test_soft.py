@@ -14,7 +14,7 @@ from test_training import small_network, write_data
 from torch import Tensor, nn
 
 import pacd_fast
-from pacd_fast import _C, evaluate, models, reference, reproduce
+from pacd_fast import _C, checkpoints, evaluate, reference, reproduce
 from pacd_fast.__main__ import main
 from pacd_fast.soft import UNIT, bernstein_lower
 
@@ -128,7 +128,7 @@ def test_train_several_seeds_then_evaluate(tmp_path, capsys, monkeypatch):
         "v-1.jsonl",
         "v-1.safetensors",
     ]
-    assert models.load_checkpoint("v-1.safetensors").metadata["loss"] == "Gaussian(sigma=0.3, k=1)"
+    assert checkpoints.load("v-1.safetensors").metadata["loss"] == "Gaussian(sigma=0.3, k=1)"
     both = ["evaluate", "--checkpoint", "v-0.safetensors", "v-1.safetensors", "--data", data]
     attack = ["--count", "4", "--copies", "4", "--iterations", "3"]
     assert main([*both, *attack, "--json"]) == 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pacd_fast import datasets, models, ops, reference, training, victims
+from pacd_fast import checkpoints, datasets, models, ops, reference, training, victims
 from pacd_fast.__main__ import main
 from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit
 
@@ -265,7 +265,7 @@ def test_resume_after_a_kill_gives_the_same_victim(tmp_path, capsys):
     lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(12)) and not Path(out + ".partial").exists()
     assert main([*command, "--out", whole]) == 0
-    assert models.load_checkpoint(out).fingerprint == models.load_checkpoint(whole).fingerprint
+    assert checkpoints.load(out).fingerprint == checkpoints.load(whole).fingerprint
     before = Path(out).stat().st_mtime_ns  # done already: nothing is trained again, and another recipe is refused
     assert main([*command, "--out", out, "--resume"]) == 0 and Path(out).stat().st_mtime_ns == before
     assert main([*command, "--drops", "1", "--out", out, "--resume"]) == 2
