@@ -18,7 +18,7 @@ from pacd_fast import certify, datasets, models, pacd, plots, training
 from pacd_fast.datasets import as_float
 from pacd_fast.losses import Gaussian
 from pacd_fast.poison import Poison
-from pacd_fast.results import mean_and_deviation
+from pacd_fast.summary import mean_and_deviation
 
 SIGMA, TARGET, IMAGES = 0.5, 8, 100
 SOLVERS = {

@@ -22,10 +22,12 @@ from pacd_fast import (
     datasets,
     evaluate,
     flip_experiments,
+    flip_results,
     models,
     plots,
     reproduce,
     results,
+    summary,
     training,
     victims,
 )
@@ -162,13 +164,13 @@ def parser() -> argparse.ArgumentParser:
     _add_data(audit, held_out=None)
     attack_commands.add_audit(audit)
 
-    summary = command("summary", run_summary, "tabulate results files, ours or those of locuslab/smoothing")
-    summary.add_argument("files", nargs="+")
-    summary.add_argument("--radii", type=float, nargs="+", help="where to give the certified accuracy")
-    summary.add_argument("--target-class", type=int)
-    summary.add_argument("--flips", type=int, nargs="+", help="the same for files of label-flip certificates")
-    summary.add_argument("--over-seeds", action="store_true", help="add the mean and standard deviation of the files")
-    summary.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sub = command("summary", run_summary, "tabulate results files, ours or those of locuslab/smoothing")
+    sub.add_argument("files", nargs="+")
+    sub.add_argument("--radii", type=float, nargs="+", help="where to give the certified accuracy")
+    sub.add_argument("--target-class", type=int)
+    sub.add_argument("--flips", type=int, nargs="+", help="the same for files of label-flip certificates")
+    sub.add_argument("--over-seeds", action="store_true", help="add the mean and standard deviation of the files")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     plot = command("plot", run_plot, "draw certified accuracy against radius")
     plot.add_argument("files", nargs="+")
@@ -251,7 +253,7 @@ def run_train(options: argparse.Namespace) -> None:
         accuracies.append(float(right.double().mean()))
         print(f"{out}: accuracy without noise on {len(right)} test images {accuracies[-1]:.2%}")
     if options.seeds > 1:
-        print(f"over {options.seeds} seeds: {results.mean_and_deviation(accuracies, '.2%')}")
+        print(f"over {options.seeds} seeds: {summary.mean_and_deviation(accuracies, '.2%')}")
 
 
 def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
@@ -404,22 +406,22 @@ def _named(files: Sequence[str]) -> dict[str, results.Results]:
 
 
 def run_summary(options: argparse.Namespace) -> None:
-    if all(flip_experiments.is_flip_file(path) for path in options.files):
-        flip_experiments.summarize(options.files, options.flips, options.json)
+    if all(flip_results.is_flip_file(path) for path in options.files):
+        flip_results.summarize(options.files, options.flips, options.json)
         return
     read = _named(options.files)
     if options.json:
         found = {
-            name: results.summarize(each, options.radii, options.target_class).to_dict() for name, each in read.items()
+            name: summary.summarize(each, options.radii, options.target_class).to_dict() for name, each in read.items()
         }
         print(json.dumps(found, indent=2))
     else:
-        print(results.table(read, options.radii, options.target_class, options.over_seeds))
+        print(summary.table(read, options.radii, options.target_class, options.over_seeds))
 
 
 def run_plot(options: argparse.Namespace) -> None:
-    if all(flip_experiments.is_flip_file(path) for path in options.files):
-        flip_experiments.draw(flip_experiments.read(options.files), options.out, options.title)
+    if all(flip_results.is_flip_file(path) for path in options.files):
+        flip_results.draw(flip_results.read(options.files), options.out, options.title)
         print(options.out)
         return
     plots.certified_accuracy(_named(options.files), options.out, options.title)

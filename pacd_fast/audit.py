@@ -11,7 +11,8 @@ from typing import Any
 
 from pacd_fast import plots, results
 from pacd_fast.poison import Poison
-from pacd_fast.results import Results, mean_and_deviation
+from pacd_fast.results import Results
+from pacd_fast.summary import mean_and_deviation, summarize
 from pacd_fast.victims import numbered
 
 __all__ = ["Audit", "Measured", "run"]
@@ -113,8 +114,8 @@ def run(
             wanted = ["--target-class", audit.target_class, "--count", audit.attacked, "--choice", audit.choice]
             kept.write_text(step([*measure, *wanted, *smoothed]), encoding="utf-8")
         evaluated = json.loads(kept.read_text(encoding="utf-8"))["all"]
-        summaries = [results.summarize(each, [0.0]) for each in target]
-        beside = [results.summarize(each, [0.0]) for each in others]
+        summaries = [summarize(each, [0.0]) for each in target]
+        beside = [summarize(each, [0.0]) for each in others]
         found[name] = Measured(
             evaluated["natural"],
             [each.acr for each in summaries],

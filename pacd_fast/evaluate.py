@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pacd_fast import _C, ops
 from pacd_fast.datasets import as_float
 from pacd_fast.losses import SmoothAdv, layout
-from pacd_fast.results import mean_and_deviation
+from pacd_fast.summary import mean_and_deviation
 
 __all__ = ["Measured", "correct", "distortions", "measure", "table", "to_dict"]
 

@@ -20,7 +20,7 @@ from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import Standard, layout
 from pacd_fast.metapoison import MetaPoison, metapoison
 from pacd_fast.poison import Poison
-from pacd_fast.results import mean_and_deviation
+from pacd_fast.summary import mean_and_deviation
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "add_arguments", "run"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pacd_fast import plots, theory
 from pacd_fast.presets import Main, Preset, add_row, chain
-from pacd_fast.results import mean_and_deviation
+from pacd_fast.summary import mean_and_deviation
 
 __all__ = ["PRESETS"]
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pacd_fast.datasets import as_float
-from pacd_fast.results import Results, Run, summarize
+from pacd_fast.results import Results, Run
+from pacd_fast.summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

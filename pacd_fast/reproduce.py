@@ -15,7 +15,7 @@ from pathlib import Path
 from pacd_fast import flip_experiments, metapoison_experiments, pacd_experiments, results, victims
 from pacd_fast.losses import METHODS
 from pacd_fast.presets import Main, Preset, add_row, chain, machine
-from pacd_fast.results import mean_and_deviation
+from pacd_fast.summary import mean_and_deviation, summarize
 
 __all__ = ["PRESETS", "Preset", "add_commands", "add_row", "chain", "machine", "run"]
 
@@ -103,7 +103,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             images = ["--target-class", target_class, "--count", options.count, "--choice", 0]
             smoothed = ["--n", options.n, "--dtype", options.dtype]
             chain(main, ["certify", *source, "--checkpoint", victim, *images, *smoothed, "--out", files[-1]])
-        each = [results.summarize(results.read(file), [0.0], target_class) for file in files]
+        each = [summarize(results.read(file), [0.0], target_class) for file in files]
         radii, accuracies = [one.acr for one in each], [100 * one.aca for one in each]
         row = {
             "method": options.method,

@@ -22,7 +22,7 @@ from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import Standard, eval_mode, layout
 from pacd_fast.metapoison import margin
 from pacd_fast.poison import Poison
-from pacd_fast.results import mean_and_deviation
+from pacd_fast.summary import mean_and_deviation
 
 __all__ = ["COMPANIONS", "Recipe", "Victim", "audit", "judge", "noise", "summary", "table", "watermark"]
 

@@ -8,7 +8,8 @@ import pytest
 
 from pacd_fast import flip_experiments
 from pacd_fast.__main__ import main
-from pacd_fast.flip_experiments import COLUMNS, EXPERIMENTS, is_flip_file, load_features, read, reproduce
+from pacd_fast.flip_experiments import EXPERIMENTS, load_features, reproduce
+from pacd_fast.flip_results import COLUMNS, is_flip_file, read
 from pacd_fast.labelflip import CERTIFICATES
 
 

@@ -17,7 +17,8 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from pacd_fast.results import COLUMNS, ResultsFile, Row, Run, merge, peek, read, round_down, summarize, table
+from pacd_fast.results import COLUMNS, ResultsFile, Row, Run, merge, peek, read, round_down
+from pacd_fast.summary import summarize, table
 
 RUN = Run(100, 100_000, 0.001, 0.5, 2**64 - 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
 HEADER = "\t".join(COLUMNS) + "\n"
