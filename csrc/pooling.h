@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -75,7 +74,7 @@ struct PoolChoose : Windows {
 
   // NaN is the largest, as in torch.
   PACD_INLINE Bits order(Bits number) const {
-    constexpr Bits most = std::numeric_limits<Bits>::max();
+    constexpr Bits most = static_cast<Bits>((uint64_t{1} << (8 * sizeof(Bits) - 1)) - 1);  // not numeric_limits: a host function
     const Bits nan = mask<Bits>((number & most) > infinity);
     return static_cast<Bits>((number & ~nan) | (most & nan));
   }

@@ -30,7 +30,28 @@ struct FloatFacts<double> {
   static constexpr int mantissa = 52, bias = 1023, degree = 14;
 };
 
-constexpr double inverse_factorial(int n) { return n <= 1 ? 1.0 : inverse_factorial(n - 1) / n; }
+// A variable, not a function: device code may not call a host's constexpr function with a number known at run time.
+template <int n>
+constexpr double inverse_factorial = inverse_factorial<n - 1> / n;
+template <>
+constexpr double inverse_factorial<0> = 1.0;
+
+// Horner's rule, from sum on: the terms of exp(r) from r^i down.
+template <int i, class T>
+PACD_INLINE T taylor(T sum, T r) {
+  constexpr T coefficient = static_cast<T>(inverse_factorial<i>);
+  sum = fma(sum, r, coefficient);
+  if constexpr (i > 0) return taylor<i - 1>(sum, r);
+  return sum;
+}
+
+// Likewise artanh(s) / s = 1 + s^2 / 3 + s^4 / 5 + ..., from s^i down to s^3.
+template <int i>
+PACD_INLINE double artanh_series(double sum, double s2) {
+  sum = fma(sum, s2, 1.0 / i);
+  if constexpr (i > 3) return artanh_series<i - 2>(sum, s2);
+  return sum;
+}
 
 // exp(x) for x <= 0; relative error below 3e-7 in float and 1e-15 in double; 0 below -87 and -708; NaN for NaN.
 template <class T>
@@ -41,9 +62,8 @@ PACD_INLINE T soft_exp(T x) {
   const T shifted = fma(inside, T(1.44269504088896340736), Facts::round);
   const T n = shifted - Facts::round;
   const T r = fma(n, -Facts::log2_low, fma(n, -Facts::log2_high, inside));  // |r| <= log(2) / 2
-  T sum = T(inverse_factorial(Facts::degree));
-#pragma GCC unroll 16
-  for (int i = Facts::degree - 1; i >= 0; --i) sum = fma(sum, r, T(inverse_factorial(i)));  // Taylor
+  constexpr T last = static_cast<T>(inverse_factorial<Facts::degree>);
+  const T sum = taylor<Facts::degree - 1>(last, r);
   // shifted's low bits are n, so that 2^n needs no conversion to an integer (undefined for NaN)
   const Bits exponent = bits_as<Bits>(shifted) - bits_as<Bits>(Facts::round) + Bits(Facts::bias);
   const T scaled = sum * bits_as<T>(static_cast<Bits>(exponent << Facts::mantissa));
@@ -56,9 +76,7 @@ PACD_INLINE double log_positive(double x) {
   const int64_t e = shifted >> 52;
   const double m = bits_as<double>((shifted & 0x000FFFFFFFFFFFFFll) + 0x3FE6A09E667F3BCDll);
   const double s = (m - 1.0) / (m + 1.0), s2 = s * s;
-  double sum = 0.0;
-#pragma GCC unroll 16
-  for (int i = 23; i >= 3; i -= 2) sum = fma(sum, s2, 1.0 / i);  // artanh(s) / s = 1 + s^2 / 3 + s^4 / 5 + ...
+  const double sum = artanh_series<23>(0.0, s2);
   const double k = static_cast<double>(e);
   const double log_m = fma(2.0 * s * s2, sum, 2.0 * s);
   return fma(k, FloatFacts<double>::log2_high, fma(k, FloatFacts<double>::log2_low, log_m));
