@@ -118,34 +118,43 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
 
 PACD_HD inline Dd log_binomial(int64_t n, int64_t k) { return log_factorial(n) - log_factorial(k) - log_factorial(n - k); }
 
+constexpr double kLargestAlpha = 1.0 - 0x1p-20;  // beyond it Newton's steps are lost in rounding
+constexpr int kVerifications = 64;               // one or two are enough; where these are not, the bound is trivial
+
+PACD_HD inline bool in_range(int64_t k, int64_t n, double alpha) {
+  return n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha <= kLargestAlpha;
+}
+
 // The largest double p that could be verified with P(Binomial(n, p) >= k) <= alpha: the Clopper-Pearson lower bound.
-// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha < 1; anything else gives NaN.  Within 2 ULP of the exact bound.
+// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha <= kLargestAlpha; anything else gives NaN.  Within 2 ULP of the exact bound.
 PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) {
-  if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha < 1.0)) return NAN;
+  if (!in_range(k, n, alpha)) return NAN;
   if (k == 0) return 0.0;
   const Dd log_choose = log_binomial(n, k);
   const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
   const Dd solution = solve_binomial_tail(n, k, log_choose, alpha, false);
   double p = solution.lo < 0.0 ? next_below(solution.hi) : solution.hi;
   if (!(p < 1.0)) p = 1.0 - 0x1p-53;
-  while (p > 0.0 && !(log_tail_above(n, k, log_choose, Dd(p), two_sum(1.0, -p), false).bound <= target))
-    p = next_below(p);
-  return p;
+  for (int step = 0; step < kVerifications && p > 0.0; ++step, p = next_below(p)) {
+    if (log_tail_above(n, k, log_choose, Dd(p), two_sum(1.0, -p), false).bound <= target) return p;
+  }
+  return 0.0;
 }
 
 // The smallest double p that could be verified with P(Binomial(n, p) <= k) <= alpha: the upper bound.
 // Failures are the successes of 1 - p; the equation is solved there, and 1 - p is never rounded on the way.
 PACD_HD inline double clopper_pearson_upper(int64_t k, int64_t n, double alpha) {
-  if (!(n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha < 1.0)) return NAN;
+  if (!in_range(k, n, alpha)) return NAN;
   if (k == n) return 1.0;
   const int64_t failures = n - k;
   const Dd log_choose = log_binomial(n, failures);
   const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
   const Dd solution = Dd(1.0) - solve_binomial_tail(n, failures, log_choose, alpha, true);
   double p = solution.lo > 0.0 ? next_above(solution.hi) : solution.hi;
-  while (p < 1.0 && !(log_tail_above(n, failures, log_choose, two_sum(1.0, -p), Dd(p), true).bound <= target))
-    p = next_above(p);
-  return p;
+  for (int step = 0; step < kVerifications && p < 1.0; ++step, p = next_above(p)) {
+    if (log_tail_above(n, failures, log_choose, two_sum(1.0, -p), Dd(p), true).bound <= target) return p;
+  }
+  return 1.0;
 }
 
 }  // namespace pacd

@@ -56,7 +56,7 @@ PACD_INLINE Dd operator/(Dd a, Dd b) {
 }
 
 PACD_INLINE bool operator<(Dd a, Dd b) { return a.hi < b.hi || (a.hi == b.hi && a.lo < b.lo); }
-PACD_INLINE bool operator<=(Dd a, Dd b) { return !(b < a); }
+PACD_INLINE bool operator<=(Dd a, Dd b) { return a.hi < b.hi || (a.hi == b.hi && a.lo <= b.lo); }  // not for NaN
 
 // An exact scaling by a power of two, for results inside the normal range.
 PACD_INLINE Dd scale(Dd a, int exponent) { return {::ldexp(a.hi, exponent), ::ldexp(a.lo, exponent)}; }

@@ -36,7 +36,7 @@ class Certification {
   Certification(int64_t images, int64_t n0, int64_t n, double alpha, double sigma)
       : images_(images), samples_{n0, n}, alpha_(alpha), sigma_(sigma) {
     if (images < 0 || n0 < 0 || n < 1) throw py::value_error("images and n0 must not be negative, n must be positive");
-    if (!(alpha > 0.0 && alpha < 1.0)) throw py::value_error("alpha must be in (0, 1)");
+    if (!in_range(0, n, alpha)) throw py::value_error("n must be below 2^31 and alpha in [1e-200, 1 - 2^-20]");
     if (!(sigma > 0.0 && std::isfinite(sigma))) throw py::value_error("sigma must be positive and finite");
   }
 
@@ -93,8 +93,7 @@ class Certification {
 
 // Bounds for k = 0..n.
 py::array_t<double> clopper_pearson_table(int64_t n, double alpha, bool upper) {
-  if (n < 1 || n >= (int64_t{1} << 31)) throw py::value_error("n must be in [1, 2^31)");
-  if (!(alpha >= 1e-200 && alpha < 1.0)) throw py::value_error("alpha must be in [1e-200, 1)");
+  if (!in_range(0, n, alpha)) throw py::value_error("n must be in [1, 2^31) and alpha in [1e-200, 1 - 2^-20]");
   py::array_t<double> table(n + 1);
   double* bounds = table.mutable_data();
   py::gil_scoped_release release;

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pacd_fast import ops
-from pacd_fast._C import Certification, keep_freed_memory
+from pacd_fast._C import Certification, keep_freed_memory, product_down
 
 __all__ = ["Certificate", "Certificates", "Smooth", "certify", "certify_each", "largest_radius", "smallest_n"]
 
@@ -76,9 +76,9 @@ def smallest_n(alpha: float) -> int:
 
 
 def largest_radius(sigma: float, n: int, alpha: float) -> float:
-    """The radius of an image whose n votes all agree: sigma * Phi^-1(alpha^(1/n)); 0 if n is too small."""
+    """The radius of an image whose n votes all agree: sigma * Phi^-1(alpha^(1/n)), down; 0 if n is too small."""
     p = ops.clopper_pearson_lower(torch.tensor(n), n, alpha)
-    return max(0.0, float(ops.normal_quantile(p))) * sigma
+    return max(0.0, product_down(float(torch.tensor(sigma, dtype=torch.float32)), float(ops.normal_quantile(p))))
 
 
 def certify(
@@ -104,14 +104,17 @@ def certify(
     Args:
         model: images [M, ...] -> logits [M, num_classes].  A module is copied, put into eval mode and, for 4-d images
             on the CPU or in half precision, into channels_last; it must not look at other images of its batch.
-        images: float [N, ...], pixels as the model takes them, on any device; moved to the model's.
+        images: float [N, ...], pixels as the model takes them, on any device; moved to the model's.  Noise and radius
+            are about the float32 image: float64 pixels must be float32 numbers.
         sigma: the noise's standard deviation in pixel units, rounded to float32 (the radius uses the rounded number).
         n0, n: selection and estimation samples per image; alpha: failure probability of each certificate.
         seed: in [0, 2^63); by default from the operating system's entropy.  A seed that an adversary knows while
             choosing the inputs voids the probability statement.
-        dtype: float32 or bfloat16; by default the model's own.  The certificate is for the model in that dtype.
-        batch_size: rows a forward pass; by default the fastest of a few, tried on the first samples.  Certificates do
-            not depend on it.  (On the CPU the process keeps what memory it has freed, for the next batch.)
+        dtype: float32 or bfloat16; by default the model's own, and float32 for a float64 model.  The certificate is for
+            the model in that dtype, as torch computes it (on CUDA, TF32 where torch.backends allows it).
+        batch_size: rows a forward pass; by default the fastest of a few, tried on the first samples.  On the CPU
+            certificates do not depend on it; on CUDA the libraries choose kernels by size, and a vote near a tie may
+            change.  (On the CPU the process keeps what memory it has freed, for the next batch.)
         image_ids: int64 [N], which noise each image gets; by default 0..N-1.
         progress: show a bar with samples a second, images done and time left.
 
@@ -181,12 +184,19 @@ def certify_each(
         yield Certificate(index, prediction, selected, radius, p_lower, estimation, selection, seconds)
 
 
+def check_level(n: int, alpha: float, least: float = 1e-200) -> None:
+    """Raises ValueError where there is no Clopper-Pearson bound (see `ops.clopper_pearson_lower`)."""
+    if n >= 2**31:
+        raise ValueError(f"n must be below 2^31, not {n}")
+    if not least <= alpha <= 1 - 2**-20:
+        raise ValueError(f"alpha must be in (0, 1), not {alpha} (at least {least:g}, at most 1 - 2^-20)")
+
+
 def check_arguments(n0: int, n: int, alpha: float, sigma: float, seed: int) -> None:
     """Raises ValueError for numbers out of range, or an n at which nothing could be certified, before any sample."""
     if n < 1 or n0 < 1:
         raise ValueError(f"n0 and n must be positive, not {n0} and {n}")
-    if not 1e-200 <= alpha < 1:
-        raise ValueError(f"alpha must be in (0, 1), not {alpha}")
+    check_level(n, alpha)
     if not (math.isfinite(sigma) and sigma > 0):
         raise ValueError(f"sigma must be positive and finite, not {sigma}")
     if not 0 <= seed < 2**63:
@@ -232,6 +242,8 @@ class Sampler:
         self.dtype = dtype or (images.dtype if first is None else first.dtype)
         if self.dtype == torch.float64:
             self.dtype = torch.float32
+        if images.dtype == torch.float64 and not torch.equal(images.float().double(), images):
+            raise ValueError("float64 images are certified in float32, which does not hold these: give images.float()")
         if self.dtype not in ops.FLOATS:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
         self.sigma = float(torch.tensor(sigma, dtype=torch.float32))  # what the noise really has
@@ -284,12 +296,13 @@ class Sampler:
             )
             where[start : start + count] = stream * len(self.images) + image
             start += count
+        where = where.to(self.device)  # before the model: behind it, the copy would wait for the whole pass
         logits = self.model(batch)
         if not isinstance(logits, Tensor) or logits.shape != (len(batch), self.num_classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model must return logits [{len(batch)}, {self.num_classes}], not {found}")
         logits = logits[:rows] if logits.dtype in ops.FLOATS else logits[:rows].float()
-        return logits, where.to(self.device, non_blocking=True)
+        return logits, where
 
     def run(
         self,
@@ -318,13 +331,16 @@ class Sampler:
         )
         try:
             while pieces := loop.plan(sizes.size):
-                started = time.perf_counter()
+                started, parts = time.perf_counter(), None
                 try:
                     tally(counts, *self.logits(pieces))
                 except torch.OutOfMemoryError:
                     self._buffer = None
-                    for part in _split(pieces, sizes.out_of_memory()):
-                        tally(counts, *self.logits(part))
+                    if (smaller := sizes.out_of_memory()) is None:
+                        raise
+                    parts = _split(pieces, smaller)
+                for part in parts or ():  # out here the error has let go of the batch's activations
+                    tally(counts, *self.logits(part))
                 rows = sum(piece[3] for piece in pieces)
                 if sizes.trying:
                     if self.device.type == "cuda":
@@ -374,11 +390,11 @@ class _BatchSizes:
     def _best(self, size: int) -> float:
         return min(self._costs[size][1:], default=math.inf)
 
-    def out_of_memory(self) -> int:
-        """The size to go on with after the device ran out of memory; the error again where none is smaller."""
+    def out_of_memory(self) -> int | None:
+        """The size to go on with after the device ran out of memory; None where none is smaller."""
         smaller = [size for size, costs in self._costs.items() if costs and size < self.size]
         if not smaller:
-            raise
+            return None
         self._candidates, self.trying, self.size = [], False, min(smaller, key=self._best)
         return self.size
 
@@ -444,8 +460,7 @@ class Smooth:
 
         The top two classes of n samples are compared by a two-sided binomial test.
         """
-        if not 1e-200 <= alpha < 1:
-            raise ValueError(f"alpha must be in (0, 1), not {alpha}")
+        check_level(n, alpha, 2e-200)
         sampler = Sampler(
             self.base_classifier,
             x.unsqueeze(0),

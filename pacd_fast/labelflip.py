@@ -79,8 +79,12 @@ class FlipCertificates:
 
     def certified_accuracy(self, y: Any, r: int) -> float:
         """The share of points that are right and certified against r flips (r = 0: that are right)."""
-        right = np.asarray(self.prediction) == np.asarray(y)
-        return float(np.mean(right & (np.asarray(self.flips) >= r)))
+        right = _array(self.prediction) == _array(y)
+        return float(np.mean(right & (_array(self.flips) >= r)))
+
+
+def _array(values: Any) -> np.ndarray:
+    return values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def kl_flips(log_tail: np.ndarray, q: float, classes: int, limit: int) -> np.ndarray:
@@ -166,6 +170,8 @@ class LabelFlipCertifier:
         intercept: add an unpenalised constant (features are centred).  Influences then sum to one, and the mean
             vote under noise is 1/2 exactly where the unsmoothed vote is.  False is the paper's classifier.
         memory_budget: bytes for the influences [rows, n] of the test points that are worked on at once.
+        classes: K, by default the largest label + 1.  K is part of the rule: certificates hold for labels that are
+            changed among these K.  Whoever fits again on labels that may have lost a class gives the same K.
 
     Attributes after `fit`: ``classes_`` (K), ``l2_`` (the number), ``conditional_``, ``coef_`` [k, K].
 
@@ -183,12 +189,14 @@ class LabelFlipCertifier:
         *,
         intercept: bool = True,
         memory_budget: int = 256 * 2**20,
+        classes: int | None = None,
     ) -> None:
         self.q = q
         self.l2 = l2
         self.certificate = certificate
         self.intercept = intercept
         self.memory_budget = memory_budget
+        self.classes = classes
 
     def fit(self, X: Any, y: Any) -> LabelFlipCertifier:
         """Features X [n, k] and labels y [n] of 0..K-1, numpy arrays or tensors (CPU or CUDA).
@@ -209,10 +217,14 @@ class LabelFlipCertifier:
             raise ValueError(
                 f"labels must be 0 to K - 1, found {low}: renumber them with np.unique(y, return_inverse=True)[1]"
             )
+        if self.classes is not None:
+            if not isinstance(self.classes, int) or self.classes < max(2, classes):
+                raise ValueError(f"classes must be at least {max(2, classes)} for these labels, not {self.classes}")
+            classes = self.classes
         if classes < 2:
             raise ValueError("y has one class only: at least two are needed")
         counts = torch.bincount(labels, minlength=classes)
-        if bool((counts == 0).any()):
+        if self.classes is None and bool((counts == 0).any()):
             missing = (counts == 0).nonzero().flatten().tolist()[:5]
             raise ValueError(
                 f"labels are 0 to {classes - 1}, but none is {missing[0] if len(missing) == 1 else missing}: "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from pacd_fast import ops
 
@@ -25,16 +24,19 @@ def max_pool_relu(x: Tensor) -> Tensor:
 def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """layer(x), with a quicker way back to images of one channel on a CPU, for which torch is slow.
 
-    Quick for square filters of 3, 5 or 7 and plain steps (no stride, padding, dilation or groups); any other layer, and
-    any other x, is torch's affair.
+    Quick for square filters of 3, 5 or 7 and plain steps (no stride, padding, dilation or groups) of an nn.Conv2d
+    without hooks; any other layer, and any other x, is torch's affair.
     """
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    narrow = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == 1 and x.requires_grad and dtype in ops.FLOATS
+    narrow = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == 1 and x.requires_grad
+    narrow = narrow and x.dtype in ops.FLOATS and dtype in ops.FLOATS
     narrow = narrow and (autocast or layer.weight.dtype == dtype) and layer.kernel_size in ((3, 3), (5, 5), (7, 7))
     narrow = narrow and layer.stride == layer.dilation == (1, 1) and layer.padding in ((0, 0), "valid")
-    narrow = narrow and layer.in_channels == layer.groups == 1
-    if narrow and not _transformed(x, layer.weight, layer.bias):
+    narrow = narrow and layer.in_channels == layer.groups == 1 and type(layer) is nn.Conv2d
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    narrow = narrow and not any(hooks)  # spectral_norm is one of these
+    if narrow and not _foreign(x, layer.weight, layer.bias):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         found: Tensor = _Narrow.apply(x.to(dtype), layer.weight.to(dtype), bias)
         return found
@@ -53,7 +55,7 @@ class _Narrow(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         to_x, *to_layer = ctx.needs_input_grad
-        quick = to_x and not torch.is_grad_enabled() and not _transformed(grad)  # else it is to be differentiated again
+        quick = to_x and not torch.is_grad_enabled() and not _foreign(grad)  # else it is to be differentiated again
         found = [None] * 3
         if any(to_layer) or not quick:
             wanted = [to_x and not quick, *to_layer]
@@ -67,8 +69,6 @@ class _Narrow(torch.autograd.Function):
         return tuple(found)
 
 
-def _transformed(*tensors: Tensor | None) -> bool:
+def _foreign(*tensors: Tensor | None) -> bool:
     """Whether a compiler, torch.func or forward mode looks on: these know torch's operators, and not ours."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return torch.compiler.is_compiling() or ops.transformed(*tensors)

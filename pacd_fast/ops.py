@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import pacd_fast
 
@@ -87,6 +88,15 @@ def _require_device(x: Tensor) -> None:
     if x.device.type == "cuda" and cuda_library != "loaded":
         raise ValueError(f"the CUDA operators are {cuda_library}")
     _require(x.device.type in ("cpu", "cuda", "meta"), lambda: f"expected a CPU or CUDA tensor, not one on {x.device}")
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward mode looks on: these know torch's operators, and not ours."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _channel_numbers(values: Sequence[float] | Tensor | None, name: str, x: Tensor) -> Tensor | None:
@@ -186,7 +196,12 @@ def noisy_copies(
     _require(not last or x.dim() == 4, "channels_last needs x [B, C, H, W]")
     if x.numel() == 0:
         return x.new_empty((x.shape[0] * copies, *x.shape[1:]), dtype=dtype)
-    return _ops.noisy_copies(pixels, image_ids, float(sigma), copies, seed, first, stream, dtype, last, shift, spread)
+    numbers = (image_ids, float(sigma), copies, seed, first, stream, dtype, last, shift, spread)
+    if not transformed(x):
+        return _ops.noisy_copies(pixels, *numbers)
+    plain = pixels if spread is None else pixels / spread.reshape(1, -1, *[1] * (x.dim() - 2))
+    slope = (plain - plain.detach()).repeat_interleave(copies, 0)  # 0, with x's derivative
+    return _ops.noisy_copies(pixels.detach(), *numbers) + slope.to(dtype)
 
 
 def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
@@ -246,7 +261,7 @@ def _clopper_pearson(k: Tensor, n: Tensor | int, alpha: Tensor | float, upper: b
     if not torch.compiler.is_compiling():
         _require(bool(((n >= 1) & (n < 2**31)).all()), "n must be in [1, 2^31)")
         _require(bool(((k >= 0) & (k <= n)).all()), "k must be in [0, n]")
-        _require(bool(((alpha >= 1e-200) & (alpha < 1)).all()), "alpha must be in (0, 1), at least 1e-200")
+        _require(bool(((alpha >= 1e-200) & (alpha <= 1 - 2**-20)).all()), "alpha must be in [1e-200, 1 - 2^-20]")
     return _ops.clopper_pearson(k.contiguous(), n.contiguous(), alpha.contiguous(), upper)
 
 
@@ -257,8 +272,8 @@ def clopper_pearson_lower(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> 
     above the exact bound and within 2 ULP of it (Clopper and Pearson 1934).
 
     Args:
-        k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-200 <= alpha < 1, numbers or tensors that
-            broadcast with k.  Under torch.compile nothing is checked and a bound outside its range is NaN.
+        k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-200 <= alpha <= 1 - 2^-20, numbers or tensors
+            that broadcast with k.  Under torch.compile nothing is checked and a bound outside its range is NaN.
 
     Returns:
         float64 of the broadcast shape.
@@ -484,7 +499,12 @@ def soft_smooth(logits: Tensor, beta: float = 1.0) -> Tensor:
     Raises:
         ValueError: for wrong shapes, dtypes or numbers.  An image with a NaN gets NaN.
     """
-    return _ops.soft_smooth(_soft_arguments(logits, beta), float(beta))
+    values = _soft_arguments(logits, beta)
+    return _plain_smooth(values, beta) if transformed(values) else _ops.soft_smooth(values, float(beta))
+
+
+def _plain_smooth(logits: Tensor, beta: float) -> Tensor:
+    return torch.softmax(beta * logits, 2).mean(1)
 
 
 def soft_radius(logits: Tensor, labels: Tensor, *, beta: float, sigma: float, squeeze: float = 0.001) -> Tensor:
@@ -518,11 +538,27 @@ def soft_radius(logits: Tensor, labels: Tensor, *, beta: float, sigma: float, sq
     arguments = (values, labels, float(beta), float(sigma), float(squeeze))
     if torch.compiler.is_compiling():
         return _ops.soft_radius(*arguments)[0]
+    if transformed(values):
+        return _plain_radius(*arguments)
     try:
         return _ops.soft_radius(*arguments)[0]
     except RuntimeError as error:
         found = re.search(r"labels must be in .*", str(error))
         raise error if found is None else ValueError(found[0]) from None
+
+
+def _farthest(logits: Tensor) -> int:
+    """Where the slope of Phi^-1 overflows, and the kernel takes 0."""
+    return 12 if logits.dtype == torch.float32 else 37
+
+
+def _plain_radius(logits: Tensor, labels: Tensor, beta: float, sigma: float, squeeze: float) -> Tensor:
+    p, which = _plain_smooth(logits, beta).topk(2, 1)
+    scaled = (1 - 2 * squeeze) * p + squeeze
+    constant = torch.special.ndtri(scaled.detach())
+    steep = ~(constant.abs() < _farthest(logits))
+    z = torch.where(steep, constant, torch.special.ndtri(torch.where(steep, 0.5, scaled)))
+    return torch.where(which[:, 0] == labels, sigma / 2 * (z[:, 0] - z[:, 1]), 0.0)
 
 
 # What the compiler needs: shapes without data, and gradients.
@@ -674,11 +710,12 @@ def _soft_radius_backward_setup(ctx, inputs, output):
 def _soft_radius_double_backward(ctx, cotangent):
     """Of G = soft_smooth_backward(slopes(grad, mean), logits), mean = soft_smooth(logits), through all three."""
     (grad, logits, mean, labels), (beta, sigma, squeeze) = ctx.saved_tensors, ctx.numbers
+    if torch.is_grad_enabled():  # a third derivative goes through the mean too
+        mean = _plain_smooth(logits, beta)
     p, which = mean.topk(2, 1)
     right, keep = which[:, :1] == labels.unsqueeze(1), 1 - 2 * squeeze
     z = torch.special.ndtri(keep * p + squeeze)
-    farthest = 12 if logits.dtype == torch.float32 else 37  # beyond it the slope overflows, and the kernel takes 0
-    safe = right & (z.abs() < farthest)
+    safe = right & (z.abs() < _farthest(logits))
     z = torch.where(safe, z, 0.0)
     sign = z.new_tensor([sigma / 2, -sigma / 2])
     slope = torch.where(safe, sign * keep * math.sqrt(2 * math.pi) * torch.exp(z * z / 2), 0.0)  # d radius / dp

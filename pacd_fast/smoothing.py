@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pacd_fast import _C, ops
+from pacd_fast.certify import check_level
 
 __all__ = [
     "SmoothingCertificate",
@@ -125,8 +126,7 @@ def randomized_smoothing_certificate(
     """
     if n0 < 1 or n < 1 or batch < 1:
         raise ValueError(f"n0, n and batch must be positive, not {n0}, {n}, {batch}")
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must be in (0, 1), not {alpha}")
+    check_level(n, alpha)
 
     def ones(count: int) -> int:
         total = 0

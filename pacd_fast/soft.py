@@ -85,7 +85,8 @@ def soft_certify(
     Per image n0 samples choose the class, n others give `bernstein_lower` p on its mean probability; the radius is
     sigma * Phi^-1(p), and where p <= 1/2 it abstains.  What is certified is the softmax times 1 - 2^-20 rounded down to
     multiples of 2^-20: a function into [0, 1] like any other, whose classes add up to at most 1 and whose sums are
-    exact.  So certificates do not depend on batch size, order or number of threads.
+    exact.  On the CPU certificates do not
+    depend on batch size, order or number of threads.
 
     Args:
         beta: inverse temperature, positive; MACER's authors certify at 1 and train at 16.
@@ -103,7 +104,7 @@ def soft_certify(
 
     def tally(counts: Tensor, logits: Tensor, image_index: Tensor) -> None:
         """Adds sums, sums of squares, and the number of rows without a NaN."""
-        p = torch.softmax(beta * logits.float(), 1)
+        p = torch.softmax(beta * logits.double(), 1)  # in float32 thousands of classes add up to more than 1
         whole = ~p.isnan().any(1, keepdim=True)
         units = torch.where(whole, p * (UNIT - 1), 0.0).floor().to(torch.int64)
         counts.index_add_(0, image_index, torch.cat([units, units * units, whole.long()], 1))

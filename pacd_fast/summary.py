@@ -103,11 +103,13 @@ def table(
     add("clean accuracy", [s.clean_accuracy for s in summaries], ".2%")
     add("abstained", [s.abstentions for s in summaries], "d")
     for i, radius in enumerate(summaries[0].radii if summaries else ()):
-        add(f"certified at {radius:g}", [s.certified_accuracy[i] for s in summaries], ".2%")
+        label = f"{radius:g}" if float(f"{radius:g}") == radius else repr(radius)  # never rounded up
+        add(f"certified at {label}", [s.certified_accuracy[i] for s in summaries], ".2%")
     if any(s.p_lower_quantiles is not None for s in summaries):
         for q in QUANTILES:
             known = (s.p_lower_quantiles for s in summaries)
-            add(f"p_A quantile {q:g}", [None if each is None else each[q] for each in known], ".6f")
+            down = [None if each is None else _down(each[q]) for each in known]
+            add(f"p_A quantile {q:g}", down, ".6f")
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = (
         [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
@@ -122,6 +124,11 @@ def mean_and_deviation(values: Sequence[float], form: str) -> str:
         return "-"
     mean = f"{statistics.fmean(values):{form}}"
     return mean if len(values) == 1 else f"{mean}±{statistics.stdev(values):{form}}"
+
+
+def _down(value: float) -> float:
+    """To six decimals, down: a bound below 1 is not printed as 1."""
+    return math.floor(value * 1e6 + 1e-6) / 1e6
 
 
 def _grid(results: Sequence[Results]) -> tuple[float, ...]:

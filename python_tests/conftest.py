@@ -191,7 +191,7 @@ def _gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(logits: Tensor, *args: Any, **options: Any) -> Tensor:
         leaf = logits.detach().requires_grad_()
         out = function(leaf, *args, **options)
-        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape).to(out.device)
         return torch.autograd.grad(out, leaf, weights)[0]
 
     return run
@@ -204,7 +204,7 @@ def _tangent(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
         leaf = x.detach().requires_grad_()
         out = function(leaf)
         weights = torch.zeros_like(out, requires_grad=True)
-        direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
+        direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape).to(x.device)
         (slope,) = torch.autograd.grad(out, leaf, weights, create_graph=True)
         return torch.autograd.grad(slope, weights, direction)[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import mpmath as mp
 import numpy as np
@@ -186,3 +187,36 @@ def test_the_smallest_n_and_the_largest_radius():
 def test_table_refuses_bad_arguments(arguments):
     with pytest.raises(ValueError, match="must be in"):
         _C.clopper_pearson_table(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("n", "k"), [(10, 5), (1000, 3), (100_000, 33_333), (100_000, 99_999), (10_000_000, 3_000_000), (2**31 - 1, 2**30)]
+)
+def test_levels_near_one(n, k):
+    """Up to 1 - 2^-20; beyond it the solver's steps are lost in rounding, and bounds once came out near 1."""
+    mp.mp.prec = 200
+    for alpha in (0.99, 0.9999, 1 - 2**-20):
+        low = float(ops.clopper_pearson_lower(torch.tensor(k), n, alpha))
+        high = float(ops.clopper_pearson_upper(torch.tensor(k), n, alpha))
+        assert 0 < low < 1 and 0 < high < 1
+        if n <= 1000:
+            for p, side in ((low, 1), (low * (1 + 2**-50), -1), (high, 1), (high * (1 - 2**-50), -1)):
+                successes = range(k, n + 1) if p in (low, low * (1 + 2**-50)) else range(k + 1)
+                terms = (mp.binomial(n, j) * mp.mpf(p) ** j * (1 - mp.mpf(p)) ** (n - j) for j in successes)
+                assert (mp.mpf(alpha) - mp.fsum(terms)) * side >= 0, (alpha, p)
+        else:  # a normal approximation, with room
+            off = float(mp.sqrt(2) * mp.erfinv(2 * mp.mpf(alpha) - 1)) * math.sqrt(k / n * (1 - k / n) / n)
+            room = off + 20 / n
+            assert k / n < low < k / n + 1.1 * room and k / n - 1.1 * room < high < k / n
+    for alpha in (1 - 2**-21, 1 - 1e-12, 1.0):
+        with pytest.raises(ValueError, match="alpha must be in"):
+            ops.clopper_pearson_lower(torch.tensor(k), n, alpha)
+        with pytest.raises(ValueError, match="alpha in"):
+            _C.Certification(1, 100, min(n, 10**6), alpha, 0.5)
+
+
+def test_the_largest_radius_is_rounded_down():
+    for sigma in torch.rand(200).tolist():
+        p = ops.clopper_pearson_lower(torch.tensor(1000), 1000, 0.001)
+        exact = Fraction(float(torch.tensor(sigma))) * Fraction(float(ops.normal_quantile(p)))
+        assert Fraction(largest_radius(sigma, 1000, 0.001)) <= exact

@@ -250,3 +250,29 @@ def test_cuda_certifies_like_the_cpu(network):
     # the noise is the same bit for bit; logits may differ in the last place, and with them a vote near a tie
     assert int((there.counts - here.counts).abs().sum()) <= 0.002 * 4 * 20_000
     assert torch.equal(there.prediction, here.prediction)
+
+
+def test_float64_pixels_must_be_float32_numbers():
+    """Else the certificate would be about another image than the one that was given."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 2)).double()
+    options = {"num_classes": 2, "sigma": 0.25, "n": 100, "seed": 1}
+    exact = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
+    assert torch.equal(
+        pacd_fast.certify(model, exact, **options).counts, pacd_fast.certify(model, exact.float(), **options).counts
+    )
+    for run in (pacd_fast.certify, pacd_fast.soft_certify):
+        with pytest.raises(ValueError, match=r"images.float\(\)"):
+            run(model, torch.tensor([[100000003.0, 0.0]], dtype=torch.float64), **options)
+
+
+def test_numbers_are_refused_before_sampling():
+    def never(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("sampled")
+
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="n must be below 2\\^31"):
+        pacd_fast.certify(never, x, num_classes=2, sigma=0.5, n=2**31)
+    with pytest.raises(ValueError, match="alpha must be in"):
+        pacd_fast.certify(never, x, num_classes=2, sigma=0.5, alpha=1 - 1e-9)
+    with pytest.raises(ValueError, match="alpha must be in"):
+        pacd_fast.Smooth(never, 2, 0.5).predict(x[0], 100, 1e-200)

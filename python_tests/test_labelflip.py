@@ -603,3 +603,30 @@ def test_random_convolutions_are_fixed():
     features = random_convolutions(3, 10)(images)
     assert features.shape == (7, 10) and torch.equal(features, random_convolutions(3, 10)(images))
     assert not torch.equal(features, random_convolutions(3, 10, seed=1)(images))
+
+
+def test_a_class_that_an_attacker_removes_stays_a_class():
+    """Certificates are for K classes; with K given, every single flip is tried, and none wins."""
+    generator = np.random.default_rng(3)
+    y = np.array([0, 1] * 12 + [2])
+    X = generator.normal(size=(25, 2)) + 4 * np.eye(3)[y][:, :2]
+    points = 4 * np.eye(2)[[0, 1] * 4] + generator.normal(size=(8, 2))
+    options = {"q": 0.05, "certificate": "ridge", "l2": 0.5, "classes": 3}
+    found = LabelFlipCertifier(**options).fit(X, y).certify(points)
+    assert (found.flips >= 1).any()
+    for i in range(len(y)):
+        for label in range(3):
+            changed = y.copy()
+            changed[i] = label  # i = 7: nothing of class 2 is left
+            attacked = LabelFlipCertifier(**options).fit(X, changed).certify(points)
+            assert ((attacked.prediction == found.prediction) | (found.flips < 1)).all()
+    with pytest.raises(ValueError, match="classes must be at least 3"):
+        LabelFlipCertifier(classes=2).fit(X, y)
+    with pytest.raises(ValueError, match="none is 2"):
+        LabelFlipCertifier().fit(X, np.where(y == 2, 3, y))
+
+
+def test_certified_accuracy_takes_tensors():
+    X, y = torch.randn(30, 3), torch.arange(30) % 2
+    found = LabelFlipCertifier().fit(X, y).certify(X[:5])
+    assert found.certified_accuracy(y[:5], 0) == float((found.prediction == y[:5]).double().mean())

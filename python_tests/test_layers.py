@@ -29,6 +29,7 @@ def test_convolution_of_one_channel(size, dtype, bias):
     layer.to(memory_format=torch.channels_last)
     x = torch.rand(3, 1, 11, 13).to(dtype).requires_grad_()
     y = layers.convolution(layer, x)
+    assert (type(y.grad_fn).__name__ == "_NarrowBackward") == (size != 2 and dtype != torch.float64)
     expected = layer(x)
     assert torch.equal(y, expected)
     slope = torch.randn_like(y)
@@ -50,6 +51,27 @@ def test_other_convolutions_are_torchs(options):
     y, expected = layers.convolution(layer, x), layer(x)
     assert torch.equal(y, expected)
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], torch.autograd.grad(expected.square().sum(), x)[0])
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_is_more_than_a_convolution_is_called():
+    x, seen = torch.rand(2, 1, 9, 8).requires_grad_(), []
+    watched = nn.Conv2d(1, 4, 3)
+    watched.register_forward_hook(lambda *_: seen.append(1))
+    layers.convolution(watched, x)
+    assert seen
+    doubled, halved = Doubled(1, 4, 3), nn.utils.parametrize.register_parametrization
+    assert torch.equal(layers.convolution(doubled, x), doubled(x))
+    parametrized = nn.Conv2d(1, 4, 3)
+    halved(parametrized, "weight", nn.Tanh())
+    assert torch.equal(layers.convolution(parametrized, x), parametrized(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        double = nn.Conv2d(1, 4, 3).double()
+        assert layers.convolution(double, x.double()).dtype == double(x.double()).dtype
 
 
 def test_convolution_of_one_channel_has_all_derivatives():

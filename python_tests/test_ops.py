@@ -96,7 +96,9 @@ def test_cuda_fills_out():
 @pytest.mark.cuda
 def test_cuda_runs_on_the_current_stream():
     x, stream = torch.rand(64, 3, 64, 64, device="cuda"), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # so that another stream would be too early
         x = x * 2  # ordered before the noise only on this stream
         there = ops.noisy_copies(x, 1.0, 16, 5)
     stream.synchronize()
