@@ -33,9 +33,14 @@ from pacd_fast import (
 )
 from pacd_fast.certify import certify_each, check_arguments
 from pacd_fast.poison import Poison
+from pacd_fast.presets import device_of
 
 _NETWORKS = f"{', '.join(models.BUILT_IN)} or package.module:function"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_AGAIN = {  # commands that keep what they have done
+    **dict.fromkeys(("train", "poison"), "; run the same command again with --resume to go on"),
+    **dict.fromkeys(("certify", "audit", "reproduce"), "; run the same command again to go on"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,10 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"pacd-fast {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(f"pacd-fast {options.command}: {_one_line(error)}; a smaller --batch-size helps", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        again = " with --resume" if options.command in ("train", "poison") else ""
-        print(f"\npacd-fast {options.command}: stopped; run the same command again{again} to go on", file=sys.stderr)
+        again = _AGAIN.get(options.command, "")
+        print(f"\npacd-fast {options.command}: stopped{again}", file=sys.stderr)
         return 130
+
+
+def _step(arguments: Sequence[str]) -> int:
+    """One command within another, whose errors and Ctrl-C are the other's."""
+    options = parser().parse_args(arguments)
+    return options.run(options) or 0
 
 
 def _one_line(error: Exception) -> str:
@@ -198,23 +212,6 @@ def _add_data(sub: argparse.ArgumentParser, held_out: int | None = 0) -> None:
     sub.add_argument("--train-images", type=int, help="keep this many training images, the first ones; by default all")
 
 
-def device_of(name: str) -> torch.device:
-    """cpu, cuda, cuda:i, or auto: CUDA where a device and our operators are there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and pacd_fast.ops.cuda_library == "loaded" else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:i") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device can be used here; give --device cpu")
-    if device.type == "cuda" and pacd_fast.ops.cuda_library != "loaded":
-        raise ValueError(f"the CUDA operators are {pacd_fast.ops.cuda_library}")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:i")
-    return device
-
-
 def run_train(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), datasets.from_options(options)
     if options.poison is not None:
@@ -346,6 +343,24 @@ def run_certify(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), datasets.from_options(options)
+    measured: list[evaluate.Measured] = []
+    try:
+        _evaluate_each(options, device, data, measured)
+    finally:  # after Ctrl-C, what there is
+        if measured:
+            if len(measured) < len(options.checkpoint):
+                done = " ".join(options.checkpoint[: len(measured)])
+                print(f"\nstopped early: the figures are those of {done}", file=sys.stderr)
+            if options.json:
+                print(json.dumps(evaluate.to_dict(measured, data.class_names), indent=2))
+            else:
+                print(evaluate.table(measured, data.class_names))
+
+
+def _evaluate_each(
+    options: argparse.Namespace, device: torch.device, data: datasets.Dataset, measured: list[evaluate.Measured]
+) -> None:
+    """Appends the figures of one checkpoint after the other."""
     images, labels = data.split(options.split)
     if options.target_class is not None:
         chosen = labels == options.target_class
@@ -353,7 +368,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     attacked = None
     if options.count:
         attacked = datasets.random_subset(labels, None, min(options.count, len(labels)), options.choice)
-    measured = []
+    copies = (10 if data.name == "cifar10" else 20) if options.copies is None else options.copies
     for path in options.checkpoint:
         checkpoint = checkpoints.load(
             path,
@@ -362,8 +377,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
             in_channels=data.in_channels,
             image_size=data.image_size,
         )
-        sigma = options.sigma if options.sigma is not None else checkpoint.sigma
-        if not sigma:
+        sigma = options.sigma if options.sigma is not None else checkpoint.sigma or None  # 0: trained without noise
+        if sigma is None:
             raise ValueError(f"{path} does not say what noise it was trained with: give --sigma")
         measured.append(
             evaluate.measure(
@@ -372,16 +387,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
                 labels,
                 sigma=sigma,
                 attacked=attacked,
-                copies=options.copies or (10 if data.name == "cifar10" else 20),
+                copies=copies,
                 iterations=options.iterations,
                 seed=options.seed,
                 progress=True,
             )
         )
-    if options.json:
-        print(json.dumps(evaluate.to_dict(measured, data.class_names), indent=2))
-    else:
-        print(evaluate.table(measured, data.class_names))
 
 
 def run_poison(options: argparse.Namespace) -> None:
@@ -389,11 +400,11 @@ def run_poison(options: argparse.Namespace) -> None:
 
 
 def run_audit(options: argparse.Namespace) -> int:
-    return attack_commands.run_audit(options, attack_commands.load(options), device_of(options.device), main)
+    return attack_commands.run_audit(options, attack_commands.load(options), device_of(options.device), _step)
 
 
 def run_reproduce(options: argparse.Namespace) -> int:
-    return reproduce.run(options, main)
+    return reproduce.run(options, _step)
 
 
 def _named(files: Sequence[str]) -> dict[str, results.Results]:

@@ -120,7 +120,7 @@ def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, s
         given = {"k": 2, "lam": 1.0, **given}
     loss = victims.loss_of(method, data.name, given)
     sigma = getattr(loss, "sigma", None)
-    upper = None if sigma is None else Radius(sigma, options.copies or preset.copies)
+    upper = None if sigma is None else Radius(sigma, preset.copies if options.copies is None else options.copies)
     checkpoint = Path(options.out).with_name(Path(options.out).name + ".partial")
     poison = attacks.pacd(
         data,

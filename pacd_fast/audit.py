@@ -48,6 +48,11 @@ class Audit:
     indices: tuple[int, ...] | None = None
     model: str | None = None
 
+    def certificates(self, victim: Path, others: bool = False) -> Path:
+        """The file of a victim's certificates of the target class, of the test images by index, or of the others."""
+        what = "images" if self.indices is not None and not others else f"class-{self.target_class}"
+        return victim.with_suffix(f".{'not-' * others}{what}.tsv")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -97,18 +102,19 @@ def run(
             )
             certify = ["certify", *where, "--checkpoint", victim, *smoothed, "--dtype", audit.dtype]
             certify += ["--choice", audit.choice]
-            file = victim.with_suffix(".tsv")
+            file = audit.certificates(victim)
             chosen = ["--target-class", audit.target_class, "--count", audit.images]
             if audit.indices is not None:
                 chosen = ["--images", *audit.indices]
             step([*certify, *chosen, "--n", audit.n, "--out", file])
-            target.append(results.read(file))
+            target.append(results.exactly(file, audit.images if audit.indices is None else audit.indices))
             if audit.others:
-                file = victim.with_suffix(".others.tsv")
+                file = audit.certificates(victim, others=True)
                 except_ = ["--except-class", audit.target_class, "--count", audit.others, "--n", audit.others_n]
                 step([*certify, *except_, "--out", file])
-                others.append(results.read(file))
-        kept = work / f"{name}-{audit.method}-evaluate-{audit.seeds}-{audit.attacked}.json"
+                others.append(results.exactly(file, audit.others))
+        what = f"{audit.target_class}-{audit.seeds}-{audit.attacked}-{audit.choice}"
+        kept = work / f"{name}-{audit.method}-evaluate-{what}.json"
         if not kept.exists() or kept.stat().st_mtime < max(victim.stat().st_mtime for victim in checkpoints):
             measure = ["evaluate", *audit.source, "--device", audit.device, "--checkpoint", *checkpoints, "--json"]
             wanted = ["--target-class", audit.target_class, "--count", audit.attacked, "--choice", audit.choice]
@@ -133,7 +139,7 @@ def curves(audit: Audit, names: Sequence[str], work: str | Path, out: str | Path
     for name in names:
         seeds = range(audit.first_seed, audit.first_seed + audit.seeds)
         victims = [numbered(Path(work) / f"{name}-{audit.method}.safetensors", seed) for seed in seeds]
-        together[name] = results.pooled([results.read(victim.with_suffix(".tsv")) for victim in victims])
+        together[name] = results.pooled([results.read(audit.certificates(victim)) for victim in victims])
     plots.certified_accuracy(together, out, title)
 
 

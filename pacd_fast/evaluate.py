@@ -52,11 +52,12 @@ def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _correct_under_noise(
-    model: nn.Module, images: Tensor, labels: Tensor, sigma: float, copies: int, seed: int
+    model: nn.Module, images: Tensor, labels: Tensor, sigma: float, copies: int, seed: int, progress: bool
 ) -> Tensor:
     """Share of `copies` noisy copies that the model gets right: float64 [N], on the CPU."""
     device, shares = next(model.parameters()).device, []
-    for part in torch.arange(len(images)).split(max(1, ROWS // copies)):
+    parts = torch.arange(len(images)).split(max(1, ROWS // copies))
+    for part in tqdm(parts, desc="under noise", unit="batch", disable=not progress):
         x, y = as_float(images[part]).to(device), labels[part].to(device)
         ids = part.to(device)
         noisy = ops.noisy_copies(x, sigma, copies, seed, image_ids=ids, stream=STREAM, memory_format=layout(x))
@@ -96,7 +97,7 @@ def distortions(
     found = torch.full((len(images),), RADII[-1], dtype=torch.float64)
     if len(images) == 0:
         return found
-    bar = tqdm(total=len(images), unit="image", disable=not progress)
+    bar = tqdm(total=len(images), desc="distortion", unit="image", disable=not progress)
     try:
         for part in torch.arange(len(images)).split(max(1, ROWS // copies)):
             x, y = images[part].to(device), labels[part].to(device)
@@ -185,7 +186,7 @@ def measure(
     return Measured(
         labels=labels,
         natural=correct(model, images, labels),
-        noisy=_correct_under_noise(model, images, labels, sigma, 100, seed),
+        noisy=_correct_under_noise(model, images, labels, sigma, 100, seed, progress),
         attacked=attacked,
         distortion=distortions(
             model,

@@ -124,7 +124,7 @@ def train_feature_network(
     classes, targets = labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         c, h, w = images.shape[1:]
         body = nn.Sequential(
             nn.Conv2d(c, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),

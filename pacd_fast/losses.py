@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -172,8 +173,8 @@ def _smoothed_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    """l2 norms of the images of a batch, [B, 1, ...]."""
-    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    """l2 norms of the images of a batch, [B, 1, ...]; small squares would underflow float32 where a network is sure."""
+    return x.flatten(1).norm(dim=1, dtype=torch.float64).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 @contextlib.contextmanager
@@ -208,15 +209,17 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
 def not_negative(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and not negative, not {value}")
 
 
 def at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")

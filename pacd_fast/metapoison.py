@@ -205,7 +205,7 @@ def metapoison(
 
     Args:
         device: where the surrogates are; on the CPU the same settings are the same bits, and on CUDA under
-            torch.use_deterministic_algorithms.
+            torch.use_deterministic_algorithms (which needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment).
         checkpoint: a file that is rewritten after every pretrained surrogate and crafting step; with resume, the run
             goes on from it and ends with the bits of an uninterrupted one.
         after_step: called with the step's number, from 0, and the poison as it is then.
@@ -291,7 +291,7 @@ class _Crafting:
     def fresh(self, number: int, generation: int = 0) -> _Surrogate:
         """A surrogate with new weights, which its number and generation decide."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.attack.seed, _INITIAL, number, generation))
+            torch.default_generator.manual_seed(mix(self.attack.seed, _INITIAL, number, generation))
             model = victims.network_for(self.attack.model, self.data)
         model = model.to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=self.attack.lr, momentum=self.attack.momentum)

@@ -229,7 +229,7 @@ class _State:
     def restart(self) -> None:
         """New weights, a new optimiser, no solution of the linear system."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, 11, self.starts))
+            torch.default_generator.manual_seed(mix(self.seed, 11, self.starts))
             network = self.build()
         self.starts += 1
         self.network = network.to(self.device, memory_format=torch.channels_last).train()

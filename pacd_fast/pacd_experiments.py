@@ -173,7 +173,7 @@ class _Bench:
         """Prints a row and puts it into the results file."""
         row = {"data": self.label, "victims": self.scale.seeds, **row}
         row |= {"epochs": self.scale.epochs, "n": self.scale.n, "images": self.scale.count}
-        add_row(self.options.results, table, ["data", *key], row)
+        add_row(self.options.results, table, ["data", *key], row, self.options.device)
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

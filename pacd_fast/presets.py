@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["Main", "Preset", "add_row", "chain", "machine"]
+from pacd_fast import ops
+
+__all__ = ["Main", "Preset", "add_row", "chain", "device_of", "machine"]
 
 Main = Callable[[Sequence[str]], int]
-"""The command line as a function, `pacd_fast.__main__.main`."""
+"""The command line as a function, which returns an exit status and raises what goes wrong."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,42 @@ class Preset:
 
 
 def chain(main: Main, command: Sequence[object], echo: bool = True) -> str:
-    """Runs one pacd-fast command, after printing it as one would type it; stops the preset where it fails.
+    """Runs one pacd-fast command, after printing it as one would type it; what goes wrong in it stops the preset.
 
     Returns what the command printed; with echo it is printed too.
     """
     arguments = [str(part) for part in command]
     print(f"+ pacd-fast {shlex.join(arguments)}", file=sys.stderr, flush=True)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        status = main(arguments)
-    if echo:
-        print(printed.getvalue(), end="", flush=True)
+    try:
+        with contextlib.redirect_stdout(printed):
+            status = main(arguments)
+    except ValueError as error:
+        other = "; or give another --work" if "another run" in str(error) else ""
+        raise ValueError(f"{error}{other}") from error
+    finally:
+        if echo:
+            print(printed.getvalue(), end="", flush=True)
     if status != 0:
-        raise ValueError(f"the step `pacd-fast {arguments[0]}` did not finish; run the same command again to go on")
+        raise ValueError(f"the step `pacd-fast {arguments[0]}` ended with exit code {status}")
     return printed.getvalue()
+
+
+def device_of(name: str) -> torch.device:
+    """cpu, cuda, cuda:i, or auto: CUDA where a device and our operators are there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:i") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device can be used here; give --device cpu")
+    if device.type == "cuda" and ops.cuda_library != "loaded":
+        raise ValueError(f"the CUDA operators are {ops.cuda_library}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:i")
+    return device
 
 
 def machine(device: str = "cpu") -> str:
@@ -68,17 +92,28 @@ def _natural(text: str) -> list[str | float]:
     return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def add_row(path: str | Path, table: str, key: Sequence[str], row: dict[str, Any], device: str = "cpu") -> None:
+def add_row(
+    path: str | Path,
+    table: str,
+    key: Sequence[str],
+    row: dict[str, Any],
+    device: str = "cpu",
+    most: str | None = None,
+) -> bool:
     """Puts a row into one table of a results file, in the place of the row with the same values under `key`.
 
+    most: a column by which a row does not give way to one with less; then nothing is written, and the result is False.
     The file is that of benchmarks/: {table: {machine, torch, date, rows}}.  Raises ValueError where it is not.
     """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         rows = content.get(table, {}).get("rows", [])
-        rows = [other for other in rows if any(other.get(name) != row[name] for name in key)]
-    except (ValueError, AttributeError) as error:
+        before = [other for other in rows if all(other.get(name) == row[name] for name in key)]
+        if most is not None and any(other[most] > row[most] for other in before):
+            return False
+        rows = [other for other in rows if other not in before]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a results file of benchmarks ({error}); give another --results") from error
     rows = sorted([*rows, row], key=lambda each: [_natural(str(each.get(name))) for name in key])
     content[table] = {
@@ -93,3 +128,4 @@ def add_row(path: str | Path, table: str, key: Sequence[str], row: dict[str, Any
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return True

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
 from pacd_fast import flip_experiments, metapoison_experiments, pacd_experiments, results, victims
 from pacd_fast.losses import METHODS
-from pacd_fast.presets import Main, Preset, add_row, chain, machine
+from pacd_fast.presets import Main, Preset, add_row, chain, device_of, machine
 from pacd_fast.summary import mean_and_deviation, summarize
 
 __all__ = ["PRESETS", "Preset", "add_commands", "add_row", "chain", "machine", "run"]
@@ -30,15 +31,23 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--work", default="reproduced", help="folder for checkpoints and results files; made if missing"
         )
-        sub.add_argument("--results", default="benchmarks/results.json", help="file that gets the row")
+        sub.add_argument(
+            "--results",
+            default=None,
+            help="file that gets the row: by default benchmarks/results.json where it is there, else one in --work",
+        )
 
 
 def run(options: argparse.Namespace, main: Main) -> int:
     """Runs the preset of a parsed command line."""
+    Path(options.work).mkdir(parents=True, exist_ok=True)
+    ours = Path("benchmarks/results.json")
+    options.results = options.results or (ours if ours.exists() else Path(options.work) / "results.json")
     where = Path(options.results)
     if not where.parent.is_dir():
         raise FileNotFoundError(f"{where}: the folder {where.parent} does not exist; create it or give --results")
-    Path(options.work).mkdir(parents=True, exist_ok=True)
+    if hasattr(options, "device"):
+        options.device = str(device_of(options.device))
     return PRESETS[options.preset].run(options, main)
 
 
@@ -57,6 +66,10 @@ _CLEAN_MNIST = {
 _CLEAN_CIFAR10 = {
     ("gaussian", 0.25): (0.521, 0.05, 85.76, 3.31),
     ("gaussian", 0.5): (0.634, 0.04, 75.04, 1.65),
+    ("macer", 0.25): (0.593, 0.05, 83.84, 2.26),
+    ("macer", 0.5): (0.759, 0.11, 72.92, 5.06),
+    ("smoothadv", 0.25): (0.504, 0.02, 78.76, 0.81),
+    ("smoothadv", 0.5): (0.479, 0.07, 65.84, 4.81),
 }
 
 
@@ -71,7 +84,8 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
         sub.add_argument("--data", default=data, help=f"{data}, or the path of an .npz file")
         sub.add_argument("--data-dir", help="where the data lie, in torchvision's layout")
         sub.add_argument("--epochs", type=int, default=100)
-        sub.add_argument("--drops", type=int, nargs="*", default=[90], help="as in train; none: as in the paper")
+        tenth = "as in train; by default for the last tenth of the epochs; without numbers: never, as in the paper"
+        sub.add_argument("--drops", type=int, nargs="*", default=None, help=tenth)
         sub.add_argument("--n", type=int, default=100_000, help="estimation samples per image")
         sub.add_argument("--count", type=int, default=500, help="test images to certify")
         sub.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32")
@@ -88,6 +102,8 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
         if Path(options.data).stem != data:  # a file of another name would silently get other settings
             raise ValueError(f"--data must be {data}, or an .npz file that is called {data}.npz, not {options.data}")
+        if options.drops is None:
+            options.drops = [options.epochs * 9 // 10] if options.epochs >= 10 else []
         table = f"clean {name}"
         work, prefix = Path(options.work), f"{Path(options.data).stem}-{options.method}-{options.sigma:g}"
         source = ["--data", options.data, "--validation", 5000, "--device", options.device]
@@ -103,7 +119,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             images = ["--target-class", target_class, "--count", options.count, "--choice", 0]
             smoothed = ["--n", options.n, "--dtype", options.dtype]
             chain(main, ["certify", *source, "--checkpoint", victim, *images, *smoothed, "--out", files[-1]])
-        each = [summarize(results.read(file), [0.0], target_class) for file in files]
+        each = [summarize(results.exactly(file, options.count), [0.0], target_class) for file in files]
         radii, accuracies = [one.acr for one in each], [100 * one.aca for one in each]
         row = {
             "method": options.method,
@@ -120,7 +136,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
             "certified in": options.dtype,
             "images": options.count,
             "n": options.n,
-            "machine": machine(),
+            "machine": machine(options.device),
             "date": str(date.today()),
         }
         if (theirs := paper.get((options.method, options.sigma))) is not None:
@@ -133,8 +149,10 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
                 "ACA, %, paper": f"{aca:.2f}±{aca_deviation:.2f}",
                 "as good": "yes" if good else "no",
             }
-        add_row(options.results, table, ["method", "sigma", "epochs", "rate drops at", "n", "images"], row)
+        key = ["method", "sigma", "epochs", "rate drops at", "trained in", "certified in", "n", "images"]
         print("\n".join(f"{key:14} {value}" for key, value in row.items()))
+        if not add_row(options.results, table, key, row, options.device, most="seeds"):
+            print(f"{options.results} keeps its row, which has more victims", file=sys.stderr)
         return 0
 
     text = f"{name}, class {target_class}, no poison: train by one method, certify 500 test images (PACD, tables 2-4)"

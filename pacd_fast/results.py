@@ -251,6 +251,15 @@ def read(paths: PathLike | Sequence[PathLike]) -> Results:
     )
 
 
+def exactly(path: PathLike, wanted: int | Sequence[int]) -> Results:
+    """What `read` finds in a file; ValueError where it holds other images, or another number, than are wanted."""
+    found = read(path)
+    if len(found) != wanted if isinstance(wanted, int) else sorted(found.idx.tolist()) != sorted(wanted):
+        count = wanted if isinstance(wanted, int) else len(wanted)
+        raise ValueError(f"{path} holds {len(found)} images and not the {count} that are wanted; give another --work")
+    return found
+
+
 def pooled(several: Sequence[Results]) -> Results:
     """The certificates of several victims as if they were one, for averages over victims; the run is the first's."""
     arrays: dict[str, Any] = {}

@@ -93,12 +93,14 @@ def fit(
             term); a last batch of fewer than batch_size images is used as it is.
         optimizer: adam, momentum (SGD with momentum 0.9) or sgd.
         drops: epochs, counted from 0, from which on the rate is a tenth of what it was.
-        augment: random flip and pad-4 crop.
-        seed: of the order, the augmentation and the noise: the same seed is the same run on one device.
+        augment: random flip and pad-4 crop, of images [C, H, W].
+        seed: of the order, the augmentation and the noise: the same seed is the same run on one device (on a CPU with
+            one number of threads; on CUDA cuDNN is asked for its deterministic algorithms).
         dtype: torch.bfloat16 runs the network under autocast; weights, optimiser and losses stay float32.
         microbatch: images of a batch that go through the network at a time, to save memory; gradients add up to those
             of the batch, but for batch norm, which sees the part.
-        checkpoint: a file that is rewritten after every epoch; with resume, training goes on from it.
+        checkpoint: a file that is rewritten after every epoch; with resume, training goes on from it.  It must be of
+            the same loss, data, settings and network (by what repr prints).
         metrics: a file of JSON lines, one per epoch: epoch, loss, accuracy (under the loss's own noise), seconds.
         progress: show a bar with loss, accuracy and time left.
         after_epoch: called with the epoch, from 0, and the model, which is in training mode.
@@ -107,26 +109,38 @@ def fit(
     every step's activations cost up to a third of the time.
 
     Raises:
-        ValueError: for arguments out of range, labels that the model has no class for, a checkpoint of another run, or
-            a loss that is not finite (it names the step and the seed that reproduce it; the last checkpoint stands).
+        ValueError: for arguments out of range, labels that the model has no class for, a checkpoint of another run or
+            of more epochs, or a loss or weight that is not finite (it names the step and the seed that reproduce it;
+            the last checkpoint, whose weights are finite, stands).
     """
     images, labels = data.split("train") if isinstance(data, Dataset) else data
     _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
     for drop in drops:
         at_least("drops", drop, 0)
-    device = next(model.parameters()).device
+    if augment and images.dim() != 4:
+        raise ValueError(f"augment needs images [N, C, H, W], not {tuple(images.shape)}")
+    if resume and checkpoint is None:
+        raise ValueError("resume needs checkpoint, the file to go on from")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("the model has no parameters to train")
+    device = parameter.device
     if device.type == "cpu":
         _C.keep_freed_memory()
     _check_classes(model, images, labels, device)
     model.to(memory_format=torch.channels_last)
     method = _optimizer(optimizer, model, lr, weight_decay)
     described = {
-        "loss": f"{type(loss).__name__}({_fields(loss)})", "data": digest(images, labels), "images": len(images),
+        "loss": _named(loss), "data": digest(images, labels), "images": len(images),
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "optimizer": optimizer,
         "drops": list(drops), "augment": augment, "seed": seed,
-        "dtype": str(dtype), "microbatch": microbatch, "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(dtype), "microbatch": microbatch, "model": _network(model),
     }  # fmt: skip
     first = _resumed(Path(checkpoint), model, method, described) if checkpoint is not None and resume else 0
+    if first > epochs:
+        raise ValueError(
+            f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
+        )
     if metrics is not None:
         _keep_lines(Path(metrics), first)
     images, labels = images.to(device), labels.to(device)
@@ -134,13 +148,16 @@ def fit(
     hook = model.register_forward_hook(lambda module, args, logits: seen.append(logits))
     steps = -(-len(images) // batch_size)
     interval = 0.2 if sys.stderr.isatty() else 10.0
+    deterministic, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
     bar = tqdm(total=epochs * steps, initial=first * steps, unit="step", disable=not progress, mininterval=interval)
     try:
         for epoch in range(first, epochs):
             model.train()
             for group in method.param_groups:
                 group["lr"] = lr * 0.1 ** sum(epoch >= drop for drop in drops)
-            started, total, right, voted = time.perf_counter(), torch.zeros((), device=device), 0, 0
+            started, voted = time.perf_counter(), 0
+            total = torch.zeros((), device=device)
+            right = torch.zeros((), dtype=torch.int64, device=device)
             generator = torch.Generator().manual_seed(mix(seed, epoch))
             order = torch.randperm(len(images), generator=generator).to(device)
             current = loss.at_epoch(epoch) if hasattr(loss, "at_epoch") else loss
@@ -166,19 +183,25 @@ def fit(
                         mean += value.detach()
                         if seen and seen[-1].dim() == 2 and len(seen[-1]) % len(y) == 0:
                             votes = seen[-1].detach().argmax(1).view(len(y), -1)
-                            right, voted = right + int((votes == y.unsqueeze(1)).sum()), voted + votes.numel()
+                            right += (votes == y.unsqueeze(1)).sum()
+                            voted += votes.numel()
                     method.step()
+                    if step == steps - 1 and not _finite(model):
+                        raise ValueError(
+                            f"the weights are not finite after epoch {epoch}, step {step} (noise seed {noise}); "
+                            "the last checkpoint stands; a smaller lr may help"
+                        )
                     total += mean * len(index)
                     bar.update()
                     if step % 20 == 0:
-                        accuracy = right / max(voted, 1)
+                        accuracy = int(right) / max(voted, 1)
                         bar.set_postfix_str(
                             f"epoch {epoch + 1}/{epochs}, loss {float(mean):.4f}, accuracy {accuracy:.2%}"
                         )
             line = {
                 "epoch": epoch,
                 "loss": float(total) / len(images),
-                "accuracy": right / max(voted, 1),
+                "accuracy": int(right) / max(voted, 1),
                 "seconds": time.perf_counter() - started,
             }
             if metrics is not None:
@@ -190,9 +213,14 @@ def fit(
             if after_epoch is not None:
                 after_epoch(epoch, model)
     finally:
+        torch.backends.cudnn.deterministic = deterministic
         bar.close()
         hook.remove()
     return model.eval()
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(t.isfinite().all()) for t in model.state_dict().values() if t.is_floating_point())
 
 
 def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -225,6 +253,8 @@ def _check(
     at_least("microbatch", batch_size if microbatch is None else microbatch, 1)
     positive("lr", lr)
     not_negative("weight_decay", weight_decay)
+    if images.is_floating_point() and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise ValueError(f"float images must be in [0, 1], not in [{float(images.min()):g}, {float(images.max()):g}]")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
 
@@ -233,7 +263,11 @@ def _check(
 def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
     """Two images through the network: it must give logits, and have a class for every label."""
     with eval_mode(model):
-        logits = model(as_float(images[:2]).to(device))
+        try:
+            logits = model(as_float(images[:2]).to(device))
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"the model does not take images {tuple(images.shape[1:])}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images[:2]):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits [B, classes], not {found} for {len(images[:2])} images")
@@ -253,14 +287,28 @@ def digest(images: Tensor, labels: Tensor) -> str:
 
 def _keep_lines(path: Path, epochs: int) -> None:
     """Leaves the lines of the first epochs in a metrics file: a run that starts or goes on writes the others again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if epochs and path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    if lines and not lines[0].startswith('{"epoch"'):
+        raise ValueError(f"{path} is there and no file of metrics; give another name")
     path.write_text("".join(f"{line}\n" for line in lines[:epochs]), encoding="utf-8")
 
 
-def _fields(loss: Any) -> str:
-    if not dataclasses.is_dataclass(loss) or isinstance(loss, type):
-        return ""
-    return ", ".join(f"{field.name}={getattr(loss, field.name)}" for field in dataclasses.fields(loss))
+def _named(loss: Any) -> str:
+    """Gaussian(sigma=0.5, k=1): a loss and its numbers; of others than dataclasses, those that are plain attributes."""
+    if dataclasses.is_dataclass(loss) and not isinstance(loss, type):
+        fields = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
+        name = type(loss).__name__
+    else:
+        plain = (bool, int, float, str)
+        fields = {key: value for key, value in getattr(loss, "__dict__", {}).items() if isinstance(value, plain)}
+        kind = loss if hasattr(loss, "__qualname__") else type(loss)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name}({', '.join(f'{key}={value}' for key, value in fields.items())})"
+
+
+def _network(model: nn.Module) -> str:
+    """A network's class and a digest of what it prints, which has its layers and their numbers."""
+    return f"{type(model).__qualname__}@{hashlib.sha256(repr(model).encode()).hexdigest()[:12]}"
 
 
 def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:

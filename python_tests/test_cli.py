@@ -20,6 +20,7 @@ from pacd_fast.models import build
 
 # Certifies in the tests: enough samples that a wrong stream, batch or seed shows, few enough for seconds.
 CERTIFY = ["certify", "--data", "mnist5k", "--sigma", "0.5", "--n", "2000", "--skip", "100", "--seed", "7"]
+CERTIFY += ["--device", "cpu"]  # whose bits depend on no batch size
 
 
 # A user's own network, as a module beside the data.
@@ -99,6 +100,8 @@ def test_train_then_certify_then_summary_then_plot(tmp_path, capsys):
         "0.25",
         "--epochs",
         "2",
+        "--device",
+        "cpu",
     ]
     assert main([*train, "--metrics", str(metrics), "--out", str(model)]) == 0
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -232,7 +235,7 @@ def test_info_says_what_is_there(capsys):
 
 def test_train_resumes_after_a_kill(tmp_path):
     whole, out = tmp_path / "whole.safetensors", tmp_path / "model.safetensors"
-    train = ["train", "--data", "mnist5k", "--sigma", "0.5", "--epochs", "3", "--batch-size", "100"]
+    train = ["train", "--data", "mnist5k", "--sigma", "0.5", "--epochs", "3", "--batch-size", "100", "--device", "cpu"]
     run([*train, "--out", str(whole)])
     running = process([*train, "--out", str(out)])
     partial = tmp_path / "model.safetensors.partial"

@@ -329,6 +329,17 @@ def test_the_commands_poison_and_audit(npz, tmp_path, capsys, monkeypatch):
     assert main(["audit", *data, *judge]) == 0  # everything is there: nothing is trained again
     assert capsys.readouterr().out == said.out
     assert before == {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
+    # another class in the same folder is another audit: nothing of the first is counted
+    assert main(["poison", *data, *craft, "--target-class", "1", "--out", "p1.npz"]) == 0
+    again = [*judge[3:], "--poison", "p1.npz"]
+    assert main(["audit", *data, *again]) == 0
+    alone = json.loads(Path("audit/audit.json").read_text())["measured"]["clean"]
+    assert main(["audit", *data, *again, "--work", "fresh"]) == 0
+    assert json.loads(Path("fresh/audit.json").read_text())["measured"]["clean"]["accuracy"] == alone["accuracy"]
+    for seed in range(2):
+        names = {path.name for path in Path("audit").glob(f"clean-gaussian-{seed}.*.tsv")}
+        kinds = {f"{prefix}class-{label}" for prefix in ("", "not-") for label in (1, 2)}
+        assert names == {f"clean-gaussian-{seed}.{kind}.tsv" for kind in kinds}
     # other data, another split, a class that is not there, no folder
     wrong = [
         (["audit", "--data", "mnist5k", "--poison", "p.npz"], "the poison was made for digits@"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import mpmath as mp
@@ -14,7 +15,7 @@ from test_training import small_network, write_data
 from torch import Tensor, nn
 
 import pacd_fast
-from pacd_fast import _C, checkpoints, evaluate, reference, reproduce
+from pacd_fast import _C, checkpoints, evaluate, ops, reference, reproduce, training
 from pacd_fast.__main__ import main
 from pacd_fast.soft import UNIT, bernstein_lower
 
@@ -138,11 +139,17 @@ def test_train_several_seeds_then_evaluate(tmp_path, capsys, monkeypatch):
     assert main([*both, *attack, "--target-class", "3"]) == 0
     text = capsys.readouterr().out
     assert "±" in text and len(text.strip().splitlines()) == 3
-    for wrong in (["--copies", "-1"], ["--target-class", "77"], ["--sigma", "-1"], ["--iterations", "0"]):
+    for wrong in (
+        ["--copies", "-1"],
+        ["--copies", "0"],
+        ["--target-class", "77"],
+        ["--sigma", "-1"],
+        ["--iterations", "0"],
+    ):
         assert main([*both, *attack, *wrong]) == 2
 
 
-def test_a_preset_runs_resumes_and_records(tmp_path, capsys):
+def test_a_preset_runs_resumes_and_records(tmp_path, capsys, monkeypatch):
     data = write_data(tmp_path, 5100, "mnist")
     results, work = tmp_path / "results.json", tmp_path / "work"
     command = ["reproduce", "clean-mnist", "--data", data, "--method", "gaussian", "--sigma", "0.5", "--seeds", "2"]
@@ -154,10 +161,84 @@ def test_a_preset_runs_resumes_and_records(tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in work.iterdir()}
     assert main(command) == 0 and {p.name: p.read_bytes() for p in work.iterdir()} == before
     assert [r["ACR"] for r in json.loads(results.read_text())["clean MNIST"]["rows"]] == [row["ACR"]]
+    assert main([*command, "--seeds", "1"]) == 0  # fewer victims take no row's place
+    assert [r["seeds"] for r in json.loads(results.read_text())["clean MNIST"]["rows"]] == [2]
+    assert main([*command, "--count", "2"]) == 2  # the file has three images
+    assert "holds 3 images and not the 2 that are wanted; give another --work" in capsys.readouterr().err
+    assert main([*command, "--n", "200"]) == 2 and "another run: n is 100" in capsys.readouterr().err
     reproduce.add_row(results, "clean MNIST", ["method"], row | {"method": "macer"})
     assert len(json.loads(results.read_text())["clean MNIST"]["rows"]) == 2
     capsys.readouterr()
     assert main([*command, "--data", "cifar10"]) == 2 and "--data must be mnist" in capsys.readouterr().err
     assert main([*command, "--results", str(tmp_path / "no" / "r.json")]) == 2
+    monkeypatch.chdir(tmp_path)  # where no repository is, the row goes beside the victims
+    assert main(command[:-2]) == 0 and json.loads((work / "results.json").read_text())["clean MNIST"]["rows"]
     Path(results).write_text("[]")
     assert main(command) == 2 and "is not a results file" in capsys.readouterr().err
+
+
+def test_soft_operators_in_forward_mode_and_under_torch_func():
+    logits, y = torch.randn(5, 4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    logits[0] *= 1e4  # Phi^-1 is infinite there without squeeze
+    v = torch.randn_like(logits)
+    for squeeze in (0.001, 0.0):
+        numbers = {"beta": 2.0, "sigma": 0.5, "squeeze": squeeze}
+        for run in (lambda z: ops.soft_smooth(z, 2.0), lambda z, n=numbers: ops.soft_radius(z, y, **n)):
+            value, tangent = torch.func.jvp(run, (logits,), (v,))
+            torch.testing.assert_close(value, run(logits))
+            leaf = logits.clone().requires_grad_()
+            weights = torch.ones_like(run(leaf), requires_grad=True)
+            (slope,) = torch.autograd.grad(run(leaf), leaf, weights, create_graph=True)
+            torch.testing.assert_close(tangent, torch.autograd.grad(slope, weights, v)[0])
+            torch.testing.assert_close(torch.func.grad(lambda z, run=run: run(z).sum())(logits), slope.detach())
+            with torch.autograd.forward_ad.dual_level():
+                dual = run(torch.autograd.forward_ad.make_dual(logits, v))
+                torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+def third(run: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    z = logits.clone().requires_grad_()
+    value = run(z).square().sum()
+    for _ in range(3):
+        (slope,) = torch.autograd.grad(value, z, create_graph=True)
+        value = (slope * torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z)).sum()
+    return slope.detach()
+
+
+def test_soft_operators_have_third_derivatives():
+    logits, y = torch.randn(4, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    numbers = {"beta": 2.0, "sigma": 0.5}
+    for ours, plain in (
+        (lambda z: ops.soft_smooth(z, 2.0), lambda z: reference.soft_smooth(z, 2.0)),
+        (lambda z: ops.soft_radius(z, y, **numbers), lambda z: reference.soft_radius(z, y, **numbers)),
+    ):
+        torch.testing.assert_close(third(ours, logits), third(plain, logits), rtol=1e-9, atol=1e-12)
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    data = write_data(tmp_path)
+    train = ["train", "--data", data, "--method", "gaussian", "--epochs", "1", "--seeds", "2", "--device", "cpu"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*train, "--out", "v.safetensors"]) == 0
+    capsys.readouterr()
+    measure, calls = evaluate.measure, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    command = ["evaluate", "--checkpoint", "v-0.safetensors", "v-1.safetensors", "--data", data, "--count", "2"]
+    assert main([*command, "--iterations", "2", "--copies", "2"]) == 130
+    said = capsys.readouterr()
+    assert said.out.startswith("class") and "the figures are those of v-0.safetensors" in said.err
+    assert said.err.rstrip().endswith("pacd-fast evaluate: stopped")
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", stopped)
+    row = ["reproduce", "clean-mnist", "--data", write_data(tmp_path, 5100, "mnist"), "--epochs", "1", "--work", "w"]
+    assert main(row) == 130 and "run the same command again to go on" in capsys.readouterr().err

@@ -247,7 +247,7 @@ def test_resume_after_a_kill_gives_the_same_victim(tmp_path, capsys):
     """SmoothAdv, whose radius grows from epoch to epoch; killed in the middle, resumed, compared bit by bit."""
     out, whole, metrics = (str(tmp_path / name) for name in ("m.safetensors", "w.safetensors", "m.jsonl"))
     command = ["train", "--method", "smoothadv", "--sigma", "0.25", "--data", write_data(tmp_path), "--epochs", "12"]
-    command += ["--batch-size", "20", "--metrics", metrics]
+    command += ["--batch-size", "20", "--metrics", metrics, "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, "-m", "pacd_fast", *command, "--out", out], env=environment, stderr=subprocess.DEVNULL
@@ -261,6 +261,10 @@ def test_resume_after_a_kill_gives_the_same_victim(tmp_path, capsys):
     assert Path(out + ".partial").exists() and not Path(out).exists()
     assert main([*command, "--lr", "0.5", "--out", out, "--resume"]) == 2
     assert "another run: lr" in capsys.readouterr().err
+    assert main([*command, "--epochs", "1", "--out", out, "--resume"]) == 2
+    assert "epochs already, and 1 are asked for" in capsys.readouterr().err
+    assert main([*command, "--model", "convnet", "--out", out, "--resume"]) == 2
+    assert "another run: model" in capsys.readouterr().err
     assert main([*command, "--out", out, "--resume"]) == 0
     lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(12)) and not Path(out + ".partial").exists()
@@ -289,11 +293,66 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert state["epoch"] == 1 and all(torch.isfinite(value).all() for value in state["model"].values())
 
 
+def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path):
+    checkpoint = tmp_path / "c.pt"
+    with pytest.raises(ValueError, match=r"weights are not finite after epoch 0, step 0 \(noise seed \d+\)"):
+        fit(small_network(), small_data(), Standard(), epochs=1, lr=1e39, batch_size=64, checkpoint=checkpoint)
+    assert not checkpoint.exists()
+
+
+def first_loss(model, x, y, *, seed):
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def second_loss(model, x, y, *, seed):
+    return 2 * nn.functional.cross_entropy(model(x), y)
+
+
+def test_only_the_same_run_is_resumed(tmp_path):
+    data = small_data()
+    options = {"epochs": 1, "checkpoint": tmp_path / "c.pt", "resume": True}
+    fit(small_network(), data, first_loss, **options)
+    with pytest.raises(ValueError, match="another run: loss is .*first_loss.* there and .*second_loss"):
+        fit(small_network(), data, second_loss, **options)
+    bent = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
+    with pytest.raises(ValueError, match="another run: model"):
+        fit(bent, data, first_loss, **options)
+
+
+def test_metrics_replace_no_file_of_another_kind(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    with pytest.raises(ValueError, match="no file of metrics"):
+        fit(small_network(), small_data(), Standard(), epochs=1, metrics=path)
+    assert path.read_text() == "mine"
+
+
+def test_augmentation_flips_and_crops():
+    """Every image becomes one of its 2 * 81 crops, and all of them occur."""
+    image = torch.arange(1.0, 76.0).view(1, 3, 5, 5)
+    padded = nn.functional.pad(image, (4, 4, 4, 4))
+    flipped = nn.functional.pad(image.flip(3), (4, 4, 4, 4))
+    crops = [wide[..., r : r + 5, c : c + 5] for wide in (padded, flipped) for r in range(9) for c in range(9)]
+    crops = {tuple(crop.flatten().tolist()) for crop in crops}
+    x = training._augmented(image.expand(4000, 3, 5, 5), torch.Generator().manual_seed(0))
+    assert {tuple(each) for each in x.flatten(1).tolist()} == crops
+
+
+def test_a_sure_network_is_attacked_all_the_same():
+    """Gradients of 1e-25, whose squares underflow in float32, are a direction like any other."""
+    x = torch.full((2, 1, 2, 2), 0.5)
+    slope = torch.tensor([1e-25, -2e-25, 0.0, 2e-25]).view(1, 1, 2, 2).expand(2, 1, 2, 2)
+    delta = SmoothAdv.step(x, torch.zeros_like(x), slope, torch.full((2,), 0.3), 2)
+    torch.testing.assert_close(delta.flatten(1), torch.tensor([[0.1, -0.2, 0.0, 0.2]] * 2))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: Gaussian(0.0), "sigma must be positive"),
         (lambda: Gaussian(0.5, 0), "k must be at least 1"),
+        (lambda: Gaussian(0.5, 1.5), "k must be a whole number"),
+        (lambda: Gaussian("a"), "sigma must be positive"),
         (lambda: Macer(float("nan")), "sigma must be positive"),
         (lambda: Macer(0.5, k=0), "k must be at least 1"),
         (lambda: Macer(0.5, beta=0.0), "beta must be positive"),
@@ -312,6 +371,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         (lambda: fit(small_network(), small_data(), Standard(), dtype=torch.float16), "dtype must be"),
         (lambda: fit(small_network(), small_data(), Standard(), optimizer="rmsprop"), "unknown optimizer 'rmsprop'"),
         (lambda: fit(nn.Conv2d(1, 2, 3), small_data(), Standard()), "must return logits"),
+        (lambda: fit(nn.Linear(7, 4), small_data(), Standard()), r"does not take images \(1, 4, 4\)"),
+        (lambda: fit(nn.Flatten(), small_data(), Standard()), "no parameters"),
+        (lambda: fit(small_network(), small_data(), Standard(), resume=True), "resume needs checkpoint"),
+        (lambda: fit(small_network(), (torch.rand(4, 16), torch.arange(4)), Standard(), augment=True), "augment needs"),
+        (lambda: fit(small_network(), (255 * torch.rand(4, *SHAPE), torch.arange(4)), Standard()), r"in \[0, 1\]"),
         (lambda: ops.soft_smooth(torch.rand(2, 3)), "logits must be floating"),
         (lambda: ops.soft_smooth(torch.rand(2, 0, 3)), "logits must be floating"),
         (lambda: ops.soft_smooth(torch.rand(2, 2, 3), -1.0), "beta must be positive"),
