@@ -55,6 +55,21 @@ def add_poison(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, help="poison file to write (.npz); its picture lies beside it (.png)")
 
 
+# Flags that metapoison does not have; None where they are not given.
+_PACD_ALONE = (
+    *("fraction", "targets", "copies", "metrics", "preset"),
+    *(name if name == "sigma" else f"loss_{name}" for name in victims.hyperparameters()),
+    *(field.name for field in dataclasses.fields(Recipe) if field.name != "epochs"),
+)
+
+
+def _refuse(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError for a flag that the attack would ignore."""
+    for name, default in defaults.items():
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is no flag of --attack {options.attack}")
+
+
 def preset_of(options: argparse.Namespace) -> str:
     """The preset that was asked for, or the one for the data."""
     default = {"cifar10": "cifar10", "mnist5k": "mnist-small"}.get(Path(options.data).stem, "mnist")
@@ -69,8 +84,10 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
     if out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, not {out.name!r}")
     if options.attack == "metapoison":
+        _refuse(options, {**dict.fromkeys(_PACD_ALONE), "max_seconds": float("inf")})
         metapoison_commands.run(options, data, device)
         return
+    _refuse(options, metapoison_commands.defaults())
     preset = PRESETS[preset_of(options)]
     target_class = data.class_index(options.target_class or "8")
     shared: dict[str, Any] = {
@@ -88,6 +105,7 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
     else:
         poison = _bilevel(options, data, device, shared)
     poison.save(out)
+    _checkpoint(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")
     plots.poison(poison, data, picture)
     used = poison.distortion(data)
@@ -121,8 +139,7 @@ def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, s
     loss = victims.loss_of(method, data.name, given)
     sigma = getattr(loss, "sigma", None)
     upper = None if sigma is None else Radius(sigma, preset.copies if options.copies is None else options.copies)
-    checkpoint = Path(options.out).with_name(Path(options.out).name + ".partial")
-    poison = attacks.pacd(
+    return attacks.pacd(
         data,
         loss,
         upper=upper,
@@ -130,21 +147,23 @@ def _bilevel(options: argparse.Namespace, data: Dataset, device: torch.device, s
         model=options.model or preset.model,
         recipe=recipe,
         device=device,
-        checkpoint=checkpoint,
+        checkpoint=_checkpoint(Path(options.out)),
         resume=options.resume,
         metrics=options.metrics,
         progress=True,
         max_seconds=options.max_seconds,
         **shared,
     )
-    checkpoint.unlink(missing_ok=True)
-    return poison
+
+
+def _checkpoint(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def add_audit(sub: argparse.ArgumentParser) -> None:
     """The flags of `audit`, but for those of the data."""
     sub.add_argument("--poison", nargs="+", required=True, help="poison files: a row of the table each")
-    sub.add_argument("--method", choices=list(METHODS), default="gaussian", help="how the victims train")
+    sub.add_argument("--method", choices=list(METHODS), help="how the victims train; by default gaussian")
     sub.add_argument("--model", help=f"{', '.join(models.BUILT_IN)} or package.module:function")
     for name, (kind, where) in victims.hyperparameters().items():
         sub.add_argument(f"--{name}", type=kind, help=f"hyperparameter of {where}; sigma by default the poison's")
@@ -188,8 +207,16 @@ def run_audit(
     if of_targets:
         if len(of_targets) < len(poisons):
             raise ValueError("targeted poison and poison of a class are judged differently: audit them one by one")
+        if options.method is not None:
+            raise ValueError("--method is for poison of a class: victims of targeted poison train like its surrogates")
         return _audit_targets(options, data, poisons, device)
+    options.method = options.method or "gaussian"
     first = next(iter(poisons.values())).settings
+    decided = {"target_class": options.target_class, "targets": None, "sigma": options.sigma}
+    for name, flag in decided.items():
+        said = {str(p.settings[name]) for p in poisons.values() if p.settings.get(name) is not None}
+        if flag is None and len(said) > 1:
+            raise ValueError(f"the poison files differ in {name} ({', '.join(sorted(said))}): audit them one by one")
     target = first.get("target_class") if options.target_class is None else data.class_index(options.target_class)
     if target is None:
         raise ValueError("the poison file does not say which class it is for: give --target-class")
@@ -198,6 +225,8 @@ def run_audit(
     if options.method != "standard" and "sigma" not in given and sigmas:
         given["sigma"] = sigmas[0]
     sigma = given.get("sigma", sigmas[0] if sigmas else None)
+    if sigma is None:
+        raise ValueError("the poison file does not say which noise to certify with: give --sigma")
     if options.method == "standard":  # trained without noise, certified with it
         given.pop("sigma", None)
     recipe: list[object] = [part for name, value in given.items() for part in (f"--{name}", value)]

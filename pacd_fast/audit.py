@@ -113,7 +113,7 @@ def run(
                 except_ = ["--except-class", audit.target_class, "--count", audit.others, "--n", audit.others_n]
                 step([*certify, *except_, "--out", file])
                 others.append(results.exactly(file, audit.others))
-        what = f"{audit.target_class}-{audit.seeds}-{audit.attacked}-{audit.choice}"
+        what = f"{audit.target_class}-{audit.first_seed}-{audit.seeds}-{audit.attacked}-{audit.choice}"
         kept = work / f"{name}-{audit.method}-evaluate-{what}.json"
         if not kept.exists() or kept.stat().st_mtime < max(victim.stat().st_mtime for victim in checkpoints):
             measure = ["evaluate", *audit.source, "--device", audit.device, "--checkpoint", *checkpoints, "--json"]

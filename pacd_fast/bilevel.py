@@ -26,7 +26,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class SolverWarning(RuntimeWarning):
-    """The linear system was not solved: the answer is worse than q = 0, or not finite."""
+    """The linear system was not solved: the answer is no better than q = 0, or not finite."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Composite:
 
 @dataclass(frozen=True)
 class Solved:
-    """q: [n], the solution; residual: ||A q - b|| / ||b||; products: matrix-vector products spent; steps: taken."""
+    """q: [n], the solution; residual: ||A q - b|| / ||b||; products: matrix-vector products spent; steps: at most."""
 
     q: Tensor
     residual: float
@@ -55,8 +55,8 @@ class Solved:
 
     @property
     def diverged(self) -> bool:
-        """Worse than q = 0, or not finite."""
-        return not self.residual <= 1.0 + 1e-6
+        """No better than q = 0, or not finite."""
+        return not self.residual < 1.0 - 1e-6
 
 
 class _Counted:
@@ -104,6 +104,8 @@ def _cg(
         ap = a(p)
         curvature = p.dot(ap)
         if not bool(curvature > 0):
+            if not bool(torch.isfinite(curvature)):
+                return q, math.inf
             break
         rate = rz / curvature
         q, r = q + rate * p, r - rate * ap
@@ -149,7 +151,7 @@ def _minres(a: _Counted, b: Tensor, q: Tensor, steps: int, tolerance: float) -> 
 def _neumann(
     a: _Counted, b: Tensor, q: Tensor, steps: int, tolerance: float, lr: float | None = None
 ) -> tuple[Tensor, float]:
-    """The Neumann series, q <- q + lr (b - A q); lr by default 1 / the largest eigenvalue, from 8 power iterations."""
+    """The Neumann series, q <- q + lr (b - A q); lr by default 0.9 / the largest eigenvalue, by 8 power iterations."""
     size = b.norm()
     if lr is None:
         v = torch.randn(b.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(b)
@@ -178,10 +180,13 @@ def _nystrom(
     image = image + shift * sketch
     small = sketch.T @ image
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    keep = values > values.max() * 1e-6  # directions of negative curvature are no use for a preconditioner
+    keep = values > max(float(values.max()), 0.0) * 1e-6  # directions of negative curvature are no use
+    if not bool(keep.any()):
+        return _cg(a, b, q, steps, tolerance)
     factor = (image @ vectors[:, keep]) / values[keep].sqrt()
     basis, singular, _ = torch.linalg.svd(factor, full_matrices=False)
     eigenvalues = (singular**2 - shift).clamp(min=0) + damping
+    eigenvalues = eigenvalues.clamp(min=1e-6 * float(eigenvalues.max()))
     least = eigenvalues[-1]
 
     def precondition(r: Tensor) -> Tensor:
@@ -218,13 +223,13 @@ def solve(
         product: [n] -> [n]; b: [n].
         solver: adam (option lr=1e-2; two products a step), cg (for a positive semi-definite C), minres (any symmetric
             C), neumann (option lr), nystrom (option rank=10; conjugate gradients, preconditioned).
-        steps: at most so many; tolerance: stops at this relative residual.
+        steps: at most so many; tolerance: stops at this relative residual, in [0, 1).
         warm_start: [n], where to begin; by default 0.
 
-    Where b is 0 the answer is 0.  An answer that is worse than 0 has `diverged` set; it is not repaired.
+    Where b is 0 the answer is 0.  An answer that is no better than 0 has `diverged` set; it is not repaired.
 
     Raises:
-        ValueError: for an unknown solver, steps < 1, or damping < 0.
+        ValueError: for an unknown solver, steps < 1, damping < 0, or a tolerance out of range.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: give {', '.join(SOLVERS)}")
@@ -232,6 +237,8 @@ def solve(
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be finite and not negative, not {damping}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be in [0, 1), not {tolerance}")
     if not bool(b.any()):
         return Solved(torch.zeros_like(b), 0.0, 0, 0)
     damped = _Counted(lambda v: product(v) + damping * v)
@@ -295,7 +302,7 @@ def _gauss_newton(
         with torch.no_grad():
             _, pushed = _tangent(outputs, inner, _shaped(v, inner))
         (bent,) = _along([slope], [leaf], [pushed])
-        return _flat(torch.autograd.grad(value, inner, grad_outputs=bent, retain_graph=True))
+        return _flat(_along([value], inner, [bent]))
 
     return product
 

@@ -30,7 +30,7 @@ _FASHION = (
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # What np.load raises on damaged, encrypted and foreign files: found by feeding it such. For an .npy file under the
 # name of an .npz it returns a bare array, which has no "files" and is no context manager.
-_UNREADABLE = (
+UNREADABLE = (
     ValueError, OSError, EOFError, RuntimeError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")
@@ -336,7 +336,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in (*_SPLITS, "layout") if key in file.files}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path}: not a readable .npz of plain arrays ({reason})") from error
     layout = str(arrays.pop("layout")) if "layout" in arrays else None

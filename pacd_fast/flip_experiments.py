@@ -17,6 +17,8 @@ from pacd_fast.flip_attacks import attack_logistic, attack_smoothed
 from pacd_fast.flip_features import fast_ica, network_features, pca, random_convolutions, train_feature_network
 from pacd_fast.flip_results import ATTACKED, UNDEFENDED, draw, read, table, write
 from pacd_fast.labelflip import CERTIFICATES, LabelFlipCertifier
+from pacd_fast.losses import at_least
+from pacd_fast.presets import device_of
 
 FEATURES = ("network", "ica", "pca", "random-conv", "pixels")
 
@@ -101,17 +103,20 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
             names = set(file.files)
             if "x_train" in names and "X_train" not in names:
                 return None
-            if missing := [key for key in ("X_train", "y_train", "X_test", "y_test") if key not in names]:
-                raise ValueError(
-                    f"{path} has no {', '.join(missing)}: save features as X_train, y_train, X_test, y_test"
-                )
-            arrays = [np.asarray(file[key]) for key in ("X_train", "y_train", "X_test", "y_test")]
-    except (OSError, EOFError, AttributeError) as error:
+            keys = ("X_train", "y_train", "X_test", "y_test")
+            arrays = [np.asarray(file[key]) for key in keys if key in names]
+    except datasets.UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not an .npz file that can be read: {error}") from error
+    if missing := [key for key in keys if key not in names]:
+        raise ValueError(f"{path} has no {', '.join(missing)}: save features as {', '.join(keys)}")
     if features is not None:
         raise ValueError(f"{path} holds features already: leave out --features")
+    for i in (1, 3):
+        if arrays[i].dtype.kind not in "iub" and not np.array_equal(arrays[i], np.round(arrays[i])):
+            raise ValueError(f"{path}: labels must be whole numbers, 0 and up")
+        arrays[i] = arrays[i].astype(np.int64)
     if len(arrays[2]) != len(arrays[3]):
         raise ValueError(f"{path}: X_test has {len(arrays[2])} points and y_test {len(arrays[3])}")
     return FeatureData(Path(path).stem.replace("\t", " "), *arrays)
@@ -290,6 +295,11 @@ def run_labelflip(options: argparse.Namespace) -> None:
             l2 = float(options.l2)
         except ValueError:
             raise ValueError(f"--l2 must be auto, paper or a number, not {options.l2!r}") from None
+    if options.max is not None:
+        at_least("--max", options.max, 1)
+    at_least("--attack", options.attack, 0)
+    at_least("--memory", options.memory, 1)
+    device = device_of(options.device)
     if not Path(options.out).parent.is_dir():
         raise FileNotFoundError(f"{options.out}: the folder {Path(options.out).parent} does not exist; create it first")
     data = load_features(
@@ -313,7 +323,7 @@ def run_labelflip(options: argparse.Namespace) -> None:
         attack=options.attack,
         seed=options.seed,
         memory_budget=options.memory * 2**20,
-        device=options.device,
+        device=str(device),
     )
     write(rows, options.out)
     print(table(read([options.out])))

@@ -28,6 +28,7 @@ COLUMNS = (
     "constant",
     "data",
 )
+_CURVE = ("data", "certificate", "q", "l2", "classes", "n")  # what one curve's rows have in common
 FLIPS = (1, 10, 50, 100, 200, 500, 1000, 2000)
 ATTACKED, UNDEFENDED = "attacked", "undefended"
 
@@ -75,7 +76,7 @@ class Curve:
 
 def read(paths: Sequence[str | Path]) -> list[Curve]:
     """The curves of .tsv files, in their order. ValueError for a file that is not one of ours, with its line."""
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for path in paths:
         if not is_flip_file(path):
             raise ValueError(f"{path} is not a file of label-flip certificates (its header is not {' '.join(COLUMNS)})")
@@ -83,9 +84,13 @@ def read(paths: Sequence[str | Path]) -> list[Curve]:
             for number, row in enumerate(csv.DictReader(file, dialect="excel-tab"), 2):
                 if None in row or None in row.values():
                     raise ValueError(f"{path}, line {number}: expected {len(COLUMNS)} fields")
-                groups.setdefault((row["data"], row["certificate"], row["q"]), []).append(row)
+                group = groups.setdefault(tuple(row[name] for name in _CURVE), {})
+                if row["idx"] in group:
+                    raise ValueError(f"{path}, line {number}: point {row['idx']} occurs twice for one certificate")
+                group[row["idx"]] = row
     curves = []
-    for (data, certificate, q), rows in groups.items():
+    for (data, certificate, q, *_), points in groups.items():
+        rows = list(points.values())
         try:
             curves.append(
                 Curve(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +63,13 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--recompute", action="store_true", help="save memory: evaluate unrolled steps twice")
 
 
+def defaults() -> dict[str, Any]:
+    """The flags that this attack has alone, where they are not given."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser.add_argument_group())
+    return vars(parser.parse_args([]))
+
+
 def attack_of(options: argparse.Namespace, data: Dataset) -> MetaPoison:
     """The settings on a command line.  Raises ValueError, one line that says what to do."""
     if options.poison_class is None:
@@ -74,7 +82,7 @@ def attack_of(options: argparse.Namespace, data: Dataset) -> MetaPoison:
         adversarial_class=poison_class if given is None else data.class_index(given),
         target_index=targets_of(options.target_index, target_class, data),
         budget=options.budget,
-        ball=Ball(16 / 255 if options.epsilon is None else options.epsilon),
+        ball=Ball(16 / 255 if options.epsilon is None else options.epsilon, options.norm),
         model=options.model or "resnet20",
         surrogates=options.surrogates,
         unroll=options.unroll,

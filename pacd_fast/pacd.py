@@ -24,10 +24,10 @@ from tqdm import tqdm
 from pacd_fast import _C, models, unfinished
 from pacd_fast.bilevel import Composite, SolverWarning, hypergradient
 from pacd_fast.datasets import Dataset, as_float, random_subset
-from pacd_fast.losses import Gaussian, Loss, SmoothAdv
+from pacd_fast.losses import Gaussian, Loss, SmoothAdv, eval_mode
 from pacd_fast.pacd_settings import PRESETS, Accuracy, Preset, Radius, Recipe, Upper
 from pacd_fast.poison import Ball, Poison
-from pacd_fast.training import mix
+from pacd_fast.training import keep_lines, mix
 
 __all__ = ["PRESETS", "Accuracy", "Preset", "Radius", "Recipe", "Upper", "choose", "lower_problem", "pacd"]
 
@@ -47,7 +47,8 @@ def lower_problem(
     """A training loss as (poison batch, weights) -> scalar, and the weights of the network as they are.
 
     The batch is the clean images and after them the poison; labels y [clean + poison].  SmoothAdv's perturbation is
-    found at these weights and then held (Mehra et al. 2021, 4.3).
+    found at these weights and then held (Mehra et al. 2021, 4.3).  Every evaluation draws the same dropout, and leaves
+    batch norm's running statistics as they are.
     """
     names = [name for name, _ in network.named_parameters()]
     weights = tuple(p.detach() for p in network.parameters())
@@ -63,10 +64,13 @@ def lower_problem(
         u = u if isinstance(u, Tensor) else u[0]
 
         def model(x: Tensor) -> Tensor:
-            raise _Spoken(functional_call(network, dict(zip(names, inner, strict=True)), (x,)))
+            buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            raise _Spoken(functional_call(network, {**dict(zip(names, inner, strict=True)), **buffers}, (x,)))
 
         try:
-            loss(model, batch(u), y, seed=seed)
+            with torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):
+                torch.manual_seed(mix(seed, 17))
+                loss(model, batch(u), y, seed=seed)
         except _Spoken as found:  # what the loss does with the logits is `of_outputs`' business
             return found.logits
         raise ValueError(f"{loss} did not call the model")
@@ -118,8 +122,9 @@ def pacd(
         max_seconds: stop crafting after the outer step in which so much time has passed.
 
     The poison's settings count `restarts_nan`, how often the upper or lower cost was not finite and the weights began
-    anew (as the authors do), and `unsolved`, how many linear systems ended with a residual above that of q = 0 (the
-    authors' Adam often does, and still finds a direction that helps).
+    anew (as the authors do), and `unsolved`, how many linear systems ended no better than q = 0 (the authors'
+    Adam often does, and still finds a direction that helps).  Every lower step draws its noise anew, SmoothAdv's too,
+    for which the authors fix one noise per training image.
 
     Raises:
         ValueError: for a class that is not there, fewer images than a batch, numbers out of range, a checkpoint of
@@ -157,7 +162,8 @@ def pacd(
         "fraction": fraction, "targets": None if targets is None else list(targets), "sigma": sigma,
         **dataclasses.asdict(recipe),
     }  # fmt: skip
-    run = {**settings, "data": data.fingerprint, "epsilon": epsilon, "norm": norm}
+    held = {"train_images": len(data.x_train), "validation": len(data.x_val)}
+    run = {**settings, **held, "data": f"{data.name}@{data.fingerprint}", "epsilon": epsilon, "norm": norm}
     state = _State(data, chosen, model, recipe, seed, torch.device(device), run)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and resume:
@@ -252,8 +258,11 @@ class _State:
             return
         for name in (*self.NUMBERS, *self.TENSORS, "q"):
             setattr(self, name, content[name])
-        self.network.load_state_dict(content["network"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.network.load_state_dict(content["network"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is of another network; delete it to start again") from error
 
 
 @dataclass
@@ -290,8 +299,7 @@ class _Loop:
         )
         saved = time.monotonic()
         if metrics is not None:
-            lines = metrics.read_text().splitlines() if metrics.exists() and state.outer_steps else []
-            metrics.write_text("".join(f"{line}\n" for line in lines[: state.outer_steps]))
+            keep_lines(metrics, state.outer_steps)
         try:
             while state.epoch < recipe.epochs and state.seconds < max_seconds:
                 if state.step == 0 and state.epoch % recipe.restart == 0 and state.epoch > 0:
@@ -305,11 +313,13 @@ class _Loop:
                     bar.update()
                     bar.set_postfix_str(
                         f"radius {line['upper']:.3f}, loss {line['lower']:.3f}, residual {line['residual']:.2f}"
-                        if math.isfinite(line["residual"]) else "not finite: weights begin anew"
+                        if line["upper"] is not None else "not finite: weights begin anew"
                     )  # fmt: skip
                     if metrics is not None:
+                        residual = line["residual"] if math.isfinite(line["residual"]) else None  # JSON has no inf
                         with open(metrics, "a", encoding="utf-8") as file:
-                            file.write(json.dumps({**line, "seconds": round(state.seconds, 3)}) + "\n")
+                            content = {**line, "residual": residual, "seconds": round(state.seconds, 3)}
+                            file.write(json.dumps(content) + "\n")
                     if path is not None and time.monotonic() - saved > 30 and state.step < steps:
                         state.save(path)
                         saved = time.monotonic()
@@ -323,6 +333,12 @@ class _Loop:
 
     def _outer_step(self) -> dict[str, Any]:
         """One batch of poison: lower steps on the weights, the hypergradient, a step of the poison."""
+        state = self.state
+        with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+            torch.manual_seed(mix(self.seed, 18, state.epoch, state.step))  # for dropout and the like
+            return self._one_step()
+
+    def _one_step(self) -> dict[str, Any]:
         state, recipe = self.state, self.recipe
         generator = torch.Generator().manual_seed(mix(self.seed, 12, state.epoch))
         here = torch.randperm(len(state.chosen), generator=generator).split(recipe.poison_batch)[state.step]
@@ -349,12 +365,13 @@ class _Loop:
         names = [name for name, _ in state.network.named_parameters()]
 
         def cost(outer: Tensor, inner: Sequence[Tensor]) -> Tensor:
-            return self.upper(
-                lambda images: functional_call(state.network, dict(zip(names, inner, strict=True)), (images,)),
-                x_upper,
-                y_upper,
-                seed=mix(self.seed, 16, state.epoch, state.step),
-            )
+            with eval_mode(state.network):  # as a victim is certified
+                return self.upper(
+                    lambda images: functional_call(state.network, dict(zip(names, inner, strict=True)), (images,)),
+                    x_upper,
+                    y_upper,
+                    seed=mix(self.seed, 16, state.epoch, state.step),
+                )
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SolverWarning)  # counted below, and reported with the poison

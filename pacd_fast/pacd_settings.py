@@ -89,6 +89,8 @@ class Recipe:
             at_least(name, getattr(self, name), 1)
         for name in ("lower_lr", "outer_lr", "solver_lr"):
             positive(name, getattr(self, name))
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be in [0, 1), not {self.tolerance}")
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown solver {self.solver!r}: give {', '.join(SOLVERS)}")
         if self.curvature not in CURVATURES:

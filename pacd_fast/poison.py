@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pacd_fast.datasets import Dataset, as_float
+from pacd_fast.datasets import UNREADABLE, Dataset, as_float
 from pacd_fast.losses import positive
 
 __all__ = ["Ball", "Poison"]
@@ -115,6 +114,8 @@ class Poison:
     ) -> Poison:
         """Poison from images u [P, ...] in float that replace data.x_train[index]; they are brought into the ball."""
         index = index.cpu()
+        if data.x_train.dtype == torch.uint8 and ball.epsilon < 1 / 255:
+            raise ValueError(f"epsilon {ball.epsilon:g} is below 1/255, the step of 8-bit images: give more")
         images = ball.rounded(u.detach(), data.x_train[index])
         name = f"{data.name}@{data.fingerprint}"
         held = {"train_images": len(data.x_train), "validation": len(data.x_val)}
@@ -146,7 +147,7 @@ class Poison:
         if not torch.equal(self.labels, data.y_train[self.index]):
             raise ValueError("the poison's labels are not the data's: it was made for another order of the images")
         farthest = float(self.distortion(data).max()) if len(self.index) else 0.0
-        if farthest > self.ball.epsilon:
+        if not farthest <= self.ball.epsilon:  # NaN is neither
             raise ValueError(
                 f"the poison is {farthest:.6g} from the data, farther than its epsilon {self.ball.epsilon:g}"
             )
@@ -204,7 +205,7 @@ class Poison:
                 and isinstance(about["settings"], dict)
             )
             found = cls(str(about["attack"]), index, images, labels, ball, str(about["data"]), about["settings"])
-        except (KeyError, ValueError, TypeError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        except (*UNREADABLE, LookupError) as error:
             raise ValueError(f"{path} is not a poison file ({type(error).__name__}: {error})") from error
         if not sound:
             raise ValueError(f"{path} is not a poison file: its arrays do not fit each other")

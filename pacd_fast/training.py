@@ -142,7 +142,7 @@ def fit(
             f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
         )
     if metrics is not None:
-        _keep_lines(Path(metrics), first)
+        keep_lines(Path(metrics), first)
     images, labels = images.to(device), labels.to(device)
     seen: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, logits: seen.append(logits))
@@ -285,7 +285,7 @@ def digest(images: Tensor, labels: Tensor) -> str:
     return found.hexdigest()[:12]
 
 
-def _keep_lines(path: Path, epochs: int) -> None:
+def keep_lines(path: Path, epochs: int) -> None:
     """Leaves the lines of the first epochs in a metrics file: a run that starts or goes on writes the others again."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     if lines and not lines[0].startswith('{"epoch"'):

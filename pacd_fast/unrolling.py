@@ -88,7 +88,8 @@ def unrolled(
 
     def slope(t: int, at: list[Tensor]) -> tuple[Tensor, ...]:
         """The gradient of the lower loss of step t, itself differentiable."""
-        return torch.autograd.grad(lowers[t](_like(outer, u), _like(inner, at)), at, create_graph=True)
+        value = lowers[t](_like(outer, u), _like(inner, at))
+        return torch.autograd.grad(value, at, create_graph=True, allow_unused=True, materialize_grads=True)
 
     with torch.no_grad():
         before = upper(_like(outer, u), _like(inner, weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pacd_fast import ops
 from pacd_fast.bilevel import SOLVERS, Composite, SolverWarning, hypergradient, solve
+from pacd_fast.unrolling import unrolled
 
 
 def matrix(n: int, eigenvalues: Tensor) -> Tensor:
@@ -51,8 +53,34 @@ def test_minres_has_the_least_residual_of_the_krylov_space(steps):
 def test_conjugate_gradients_stop_at_negative_curvature_and_say_so():
     found = solve(lambda v: -(POSITIVE @ v), B, solver="cg", steps=5)
     assert torch.equal(found.q, torch.zeros_like(B)) and found.residual == 1.0 and found.products == 1
+    assert found.diverged  # 0 is no answer
+    broken = solve(lambda v: v * float("nan"), B, solver="cg", steps=5)
+    assert broken.diverged and broken.residual == math.inf
+    with pytest.warns(SolverWarning, match="did not solve"):
+        hypergradient(lambda u, v: v.sum(), lambda u, v: -(v * v).sum() + (u * v).sum(), torch.ones(3, dtype=B.dtype),
+                      torch.ones(3, dtype=B.dtype), solver="cg", curvature="hessian")  # fmt: skip
     wild = solve(lambda v: INDEFINITE @ v, B, solver="neumann", steps=60, lr=0.5)
     assert wild.diverged and wild.residual > 1
+
+
+def test_the_preconditioner_of_a_matrix_without_full_rank_or_positive_curvature():
+    low = matrix(12, torch.cat([torch.zeros(8), torch.tensor([1.0, 5.0, 20.0, 80.0])]).double())
+    b = low @ B
+    found = solve(lambda v: low @ v, b, solver="nystrom", rank=6, steps=30)
+    assert found.residual < 1e-3
+    torch.testing.assert_close(low @ found.q, b, rtol=1e-2, atol=1e-2)
+    assert solve(lambda v: -(POSITIVE @ v), B, solver="nystrom", rank=4, steps=5).diverged
+
+
+def test_a_parameter_that_is_not_used_has_no_part():
+    x, y = torch.randn(8, 2, dtype=torch.float64), torch.randint(2, (8,))
+    lower = Composite(lambda u, v: (x + u) @ v[0], lambda logits: torch.nn.functional.cross_entropy(logits, y))
+    u, v = torch.zeros(2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    unused = torch.ones(3, dtype=torch.float64)
+    with_it = hypergradient(lambda u, v: v[0].sum(), lower, u, (v, unused), damping=0.1, steps=30)
+    without = hypergradient(lambda u, v: v[0].sum(), lower, u, (v,), damping=0.1, steps=30)
+    torch.testing.assert_close(with_it, without)
+    assert unrolled(lambda u, v: v[0].sum(), lower, u, (v, unused), steps=2, lr=0.1).gradient.shape == u.shape
 
 
 def test_the_preconditioner_saves_steps():

@@ -142,3 +142,28 @@ def test_damaged_files(features, tmp_path):
     bad.write_text("\t".join(COLUMNS) + "\n1\t2\n")
     with pytest.raises(ValueError, match="line 2"):
         read([bad])
+
+
+def test_certificates_of_two_rules_are_two_curves(features, tmp_path):
+    auto, other = str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")
+    assert main(["labelflip", "--data", str(features), "--out", auto]) == 0
+    assert main(["labelflip", "--data", str(features), "--l2", "500", "--out", other]) == 0
+    assert len({curve.l2 for curve in read([auto, other])}) == 2
+    with pytest.raises(ValueError, match="occurs twice"):
+        read([auto, auto])
+
+
+@pytest.mark.parametrize("wrong", [["--max", "0"], ["--max", "-5"], ["--attack", "-3"], ["--device", "cuda:77"]])
+def test_wrong_numbers_are_one_line(features, tmp_path, capsys, wrong):
+    assert main(["labelflip", "--data", str(features), *wrong, "--out", str(tmp_path / "a.tsv")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not list(tmp_path.glob("a.tsv"))
+
+
+def test_feature_files_that_are_damaged_or_have_no_classes(features, tmp_path, capsys):
+    whole = features.read_bytes()
+    (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
+    arrays = dict(np.load(features))
+    np.savez(tmp_path / "floats.npz", **{**arrays, "y_train": arrays["y_train"] + 0.5})
+    for name, message in (("half.npz", "is not an .npz file"), ("floats.npz", "labels must be whole numbers")):
+        assert main(["labelflip", "--data", str(tmp_path / name), "--out", str(tmp_path / "a.tsv")]) == 2
+        assert message in capsys.readouterr().err

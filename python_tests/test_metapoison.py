@@ -304,6 +304,7 @@ def test_the_command_line(tmp_path, capsys):
     assert torch.equal(Poison.load(tmp_path / "poison.npz").images, poison.images)
     assert sorted(os.listdir(tmp_path)) == ["poison.npz", "poison.png"]
     assert "6 poisons for test images [5, 8]" in capsys.readouterr().err
+    assert metapoison_commands.attack_of(options("--poison-class", "1", "--norm", "l2"), data).ball.norm == "l2"
     default = metapoison_commands.attack_of(options("--poison-class", "1"), data)
     assert (default.surrogates, default.unroll, default.steps, default.batch_size) == (24, 2, 60, 125)
     assert (default.lr, default.adversarial_class, default.ball.epsilon) == (0.1, 1, 16 / 255)

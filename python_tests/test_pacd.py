@@ -282,6 +282,9 @@ def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path):
     pacd(digits, Gaussian(0.4), epsilon=0.1, **given)
     with pytest.raises(ValueError, match="another run: epsilon is 0.1 there and 0.2 here"):
         pacd(digits, Gaussian(0.4), epsilon=0.2, **given)
+    one_less = dataclasses.replace(digits, x_val=digits.x_val[:-1], y_val=digits.y_val[:-1])
+    with pytest.raises(ValueError, match="another run: validation"):
+        pacd(one_less, Gaussian(0.4), epsilon=0.1, **given)
     (tmp_path / "c").write_text("nonsense")
     with pytest.raises(ValueError, match="not a crafting checkpoint"):
         pacd(digits, Gaussian(0.4), epsilon=0.1, **given)
@@ -329,6 +332,18 @@ def test_the_commands_poison_and_audit(npz, tmp_path, capsys, monkeypatch):
     assert main(["audit", *data, *judge]) == 0  # everything is there: nothing is trained again
     assert capsys.readouterr().out == said.out
     assert before == {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
+    # poison for other classes is not judged by the first one's, nor with flags that nobody reads
+    assert main(["poison", *data, *mark[:3], "1", *mark[4:-1], "other.npz"]) == 0
+    capsys.readouterr()
+    assert main(["audit", *data, "--poison", "mark.npz", "other.npz", "--sigma", "0.4"]) == 2
+    assert "the poison files differ in target_class (1, 2)" in capsys.readouterr().err
+    assert main(["audit", *data, "--poison", "mark.npz", "--method", "standard"]) == 2
+    assert "which noise to certify with: give --sigma" in capsys.readouterr().err
+    assert main(["poison", *data, *craft, "--budget", "0.2", "--out", "q.npz"]) == 2
+    assert "--budget is no flag of --attack pacd" in capsys.readouterr().err
+    Path("notes.txt").write_text("mine")
+    assert main(["poison", *data, *craft, "--out", "q.npz", "--metrics", "notes.txt"]) == 2
+    assert Path("notes.txt").read_text() == "mine"
     # another class in the same folder is another audit: nothing of the first is counted
     assert main(["poison", *data, *craft, "--target-class", "1", "--out", "p1.npz"]) == 0
     again = [*judge[3:], "--poison", "p1.npz"]
@@ -395,7 +410,7 @@ def test_every_table_is_a_chain_of_commands(name, tmp_path, monkeypatch, capsys)
         Path(given["--work"], "audit.json").write_text(json.dumps({"measured": measured}))
         return 0
 
-    monkeypatch.setattr("pacd_fast.__main__.main", stub)
+    monkeypatch.setattr("pacd_fast.__main__._step", stub)
     options = ["reproduce", name, "--small", "--work", str(tmp_path / "w"), "--results", str(tmp_path / "r.json")]
     options += ["--data", "mnist"]
     assert main(options) == 0
@@ -406,9 +421,16 @@ def test_every_table_is_a_chain_of_commands(name, tmp_path, monkeypatch, capsys)
     if name == "table2":
         by_name = {row["training data"]: row for row in rows}
         assert by_name["poison"]["ACR"] == "0.520±0.016" and by_name["poison"]["ACR falls by"] == "49.0%"
+        assert all(row["epochs"] == 40 for row in rows)
         assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "2.9%"
+    if name == "fig4":  # what its own small scale says
+        assert all(row["epochs"] == 30 for row in rows)
+        assert all(command[command.index("--epochs") + 1] in ("15", "30") for command in commands)
     before = len([c for c in commands if c[0] == "poison"])
     assert main(options) == 0 and len([c for c in commands if c[0] == "poison"]) == before  # poison is kept
+    assert main([*options, "--craft-epochs", "2"]) == 0  # other poison, in a folder of its own
+    assert len([c for c in commands if c[0] == "poison"]) > before
+    assert main([*options, "--seeds", "0"]) == 2 and "seeds must be at least 1" in capsys.readouterr().err
     assert main([*options[:-1], "fashion-mnist"]) == 2
     assert "--data must be mnist, cifar10" in capsys.readouterr().err
 
@@ -427,3 +449,28 @@ def test_table_6_prints_the_analysis_beside_the_attack(tmp_path, capsys):
 def test_modules_are_where_users_look():
     assert attacks.pacd is pacd and poison.Poison is Poison
     assert training.METHODS.keys() == {"standard", "gaussian", "macer", "smoothadv"}
+
+
+NORMED = []
+
+
+def normed(num_classes: int) -> nn.Module:
+    """Batch norm and dropout: what differs between training and certification."""
+    parts = [nn.Conv2d(1, 4, 5, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3)]
+    NORMED.append(nn.Sequential(*parts, nn.Linear(100, num_classes)))
+    return NORMED[-1]
+
+
+def test_the_upper_loss_sees_the_network_as_it_is_certified(digits):
+    """Statistics of training, not of validation images of one class; and no evaluation but lower steps moves them."""
+    seen = []
+
+    def upper(model, x, y, *, seed):
+        seen.append((NORMED[-1].training, int(NORMED[-1][1].num_batches_tracked)))
+        return model(x).sum()
+
+    recipe = dataclasses.replace(RECIPE, epochs=1, restart=1, lower_steps=2)
+    given = {"target_class": 2, "epsilon": 0.1, "upper": upper, "model": f"{__name__}:normed", "recipe": recipe}
+    first = pacd(digits, Gaussian(0.4), **given)
+    assert seen == [(False, 2 * (step + 1)) for step in range(len(seen))] and len(seen) >= 2
+    assert torch.equal(first.images, pacd(digits, Gaussian(0.4), **given).images)  # the seed decides dropout too
