@@ -24,7 +24,7 @@ demo: $(BIN)/.installed
 	mkdir -p $(DEMO)
 	rm -f $(DEMO)/results.tsv
 	$(BIN)/pacd-fast train --model mnist-cnn --data mnist5k --method gaussian --sigma 0.5 --epochs 20 --out $(DEMO)/model.safetensors
-	$(BIN)/pacd-fast certify --checkpoint $(DEMO)/model.safetensors --data mnist5k --split test --skip 50 --n 100000 --out $(DEMO)/results.tsv
+	$(BIN)/pacd-fast certify --checkpoint $(DEMO)/model.safetensors --data mnist5k --split test --count 20 --n 100000 --out $(DEMO)/results.tsv
 	$(BIN)/pacd-fast summary $(DEMO)/results.tsv
 	$(BIN)/pacd-fast plot $(DEMO)/results.tsv --title "MNIST CNN, sigma 0.5, n = 100 000" --out $(DEMO)/curve.png
 

@@ -6,6 +6,7 @@ them in turn in every round; ratios are those of one round.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -124,16 +125,18 @@ def main(rounds: int = 5) -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 print(f"{name} is left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                times[name].append(math.nan)
                 continue
             seconds, how[name] = done.stdout.strip().splitlines()[-1].split("\t")
             times[name].append(float(seconds))
 
     def ratio(over: str, under: str) -> float:
-        ratios = sorted(a / b for a, b in zip(times[over], times[under], strict=True))
-        return ratios[len(ratios) // 2]
+        ratios = sorted(a / b for a, b in zip(times[over], times[under], strict=True) if a == a and b == b)
+        return ratios[len(ratios) // 2] if ratios else math.nan
 
     rows = []
-    for name, seconds in times.items():
+    for name, each in times.items():
+        seconds = [one for one in each if one == one]
         if not seconds:
             continue
         median = sorted(seconds)[len(seconds) // 2]

@@ -1,4 +1,4 @@
-"""The operators one by one: time, bandwidth, ratio to a peer, ratio to the limit, in one run on the same inputs."""
+"""The operators one by one: time, bandwidth, ratio to a peer, ratio to a yardstick, in one run on the same inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pacd_fast import _C, layers, ops
 
 
 def row(
-    what: str, unit: str, count: int, times: dict[str, float], bytes_moved: int | None, limit: str
+    what: str, unit: str, count: int, times: dict[str, float], bytes_moved: int | None, peer: str, yardstick: str
 ) -> dict[str, Any]:
     scale = 1e9 / count
     return {
@@ -22,10 +22,11 @@ def row(
         "unit": unit,
         "ours, ns": times["ours"] * scale,
         "GB/s": bytes_moved / times["ours"] / 1e9 if bytes_moved else "-",
+        "peer": peer,
         "peer, ns": times["peer"] * scale,
         "times faster": times["peer"] / times["ours"],
-        "limit": limit,
-        "limit / ours": times["limit"] / times["ours"] if "limit" in times else "-",
+        "yardstick": yardstick,
+        "yardstick / ours": times["yardstick"] / times["ours"] if "yardstick" in times else "-",
     }
 
 
@@ -42,12 +43,14 @@ def noise(device: str) -> list[dict[str, Any]]:
                     "peer": lambda x=x, copies=copies, shape=shape, dtype=dtype: (
                         x.expand(copies, *shape) + 0.5 * torch.randn(copies, *shape, device=x.device)
                     ).to(dtype),
-                    "limit": lambda out=out: out.fill_(1.0),
+                    "yardstick": lambda out=out: out.fill_(1.0),
                 },
                 rounds=41,
             )
             name = f"noisy_copies {copies} x {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-            rows.append(row(name, "element", out.numel(), times, out.numel() * out.element_size(), "fill_"))
+            rows.append(
+                row(name, "element", out.numel(), times, out.numel() * out.element_size(), "expand + randn", "fill_")
+            )
     return rows
 
 
@@ -64,11 +67,21 @@ def votes(device: str) -> list[dict[str, Any]]:
                 "peer": lambda counts=counts, logits=logits, index=index, one=one: counts.index_put_(
                     (index, logits.argmax(1)), one, accumulate=True
                 ),
-                "limit": lambda logits=logits: logits.sum(),
+                "yardstick": lambda logits=logits: logits.sum(),
             },
             rounds=41,
         )
-        rows.append(row(f"add_votes_ {images} x {classes}", "row", images, times, logits.numel() * 4, "sum"))
+        rows.append(
+            row(
+                f"add_votes_ {images} x {classes}",
+                "row",
+                images,
+                times,
+                logits.numel() * 4,
+                "argmax, index_put_",
+                "sum",
+            )
+        )
     return rows
 
 
@@ -79,15 +92,16 @@ def bounds(device: str) -> list[dict[str, Any]]:
         {
             "ours": lambda: ops.clopper_pearson_lower(k, 100_000, 0.001),
             "peer": lambda: [proportion_confint(int(hits), 100_000, 0.002, method="beta") for hits in host[:100]],
-            "limit": lambda: beta.ppf(0.001, host, 100_001 - host),
+            "yardstick": lambda: beta.ppf(0.001, host, 100_001 - host),
         },
         rounds=7,
     )
     times["peer"] *= len(host) / 100
-    rows = [row("clopper_pearson_lower, n = 100 000, verified", "bound", len(host), times, None, "scipy, not verified")]
+    name = "clopper_pearson_lower, n = 100 000, verified"
+    rows = [row(name, "bound", len(host), times, None, "statsmodels, one by one", "scipy, not verified")]
     p = torch.rand(20_000, dtype=torch.float64, device=device)
     times = medians({"ours": lambda: ops.normal_quantile(p), "peer": lambda: torch.special.ndtri(p)}, rounds=7)
-    return [*rows, row("normal_quantile, verified", "quantile", p.numel(), times, None, "-")]
+    return [*rows, row("normal_quantile, verified", "quantile", p.numel(), times, None, "torch, not verified", "-")]
 
 
 def pooling(device: str) -> list[dict[str, Any]]:
@@ -107,20 +121,21 @@ def pooling(device: str) -> list[dict[str, Any]]:
             {
                 "ours": lambda x=x: ops.max_pool_relu(x),
                 "peer": lambda x=x: F.relu(F.max_pool2d(x, 2)),
-                "limit": lambda x=x: x.sum(),
+                "yardstick": lambda x=x: x.sum(),
             },
             rounds=41,
         )
-        rows.append(row(name, "element", x.numel(), times, size * 5 // 4, "sum"))
+        rows.append(row(name, "element", x.numel(), times, size * 5 // 4, "max_pool2d, relu", "sum"))
         times = medians(
             {
                 "ours": lambda ours=ours, leaf=leaf, slope=slope: torch.autograd.grad(ours, leaf, slope, True),
                 "peer": lambda peer=peer, leaf=leaf, slope=slope: torch.autograd.grad(peer, leaf, slope, True),
-                "limit": lambda x=x: x.clone(memory_format=torch.preserve_format),
+                "yardstick": lambda x=x: x.clone(memory_format=torch.preserve_format),
             },
             rounds=41,
         )
-        rows.append(row(f"{name}, gradient", "element", x.numel(), times, size * 9 // 4, "clone"))
+        moved = size // 4 + x.numel() // 4 + size  # the slope, a byte a window, the result
+        rows.append(row(f"{name}, gradient", "element", x.numel(), times, moved, "max_pool2d, relu", "clone"))
     return rows
 
 
@@ -134,11 +149,21 @@ def first_layer() -> list[dict[str, Any]]:
         {
             "ours": lambda: torch.autograd.grad(there, x, slope, True),
             "peer": lambda: torch.autograd.grad(other, x, slope, True),
-            "limit": lambda: layer(x),
+            "yardstick": lambda: layer(x),
         },
         rounds=41,
     )
-    return [row("5x5 convolution 1 to 20, gradient of 200 images", "element", x.numel(), times, None, "forward")]
+    return [
+        row(
+            "5x5 convolution 1 to 20, gradient of 200 images",
+            "element",
+            x.numel(),
+            times,
+            None,
+            "torch",
+            "forward pass",
+        )
+    ]
 
 
 def main() -> None:

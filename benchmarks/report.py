@@ -61,16 +61,16 @@ def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Prints the rows, puts them into results.json under (name, device), and renews README's tables."""
     where = machine(device)
     print(f"\n{name} ({where}, torch {torch.__version__}, {date.today()})\n{table(rows)}", flush=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     key = name if device == "cpu" else f"{name} on {device}"
     results[key] = {"machine": where, "torch": torch.__version__, "date": str(date.today()), "rows": rows}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     renew_readme(results)
 
 
 def renew_readme(results: dict[str, Any]) -> None:
     """Rewrites what stands between <!-- results: NAME --> and <!-- end --> in README, for every NAME recorded."""
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     for name, result in results.items():
         start = f"<!-- results: {name} -->"
         if start not in text:
@@ -79,4 +79,4 @@ def renew_readme(results: dict[str, Any]) -> None:
         after = rest.split("<!-- end -->", 1)[1]
         note = f"{result['machine']}, torch {result['torch']}, {result['date']}"
         text = f"{before}{start}\n{table(result['rows'])}\n\n{note}\n<!-- end -->{after}"
-    README.write_text(text)
+    README.write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from pacd_fast import (
     flip_results,
     models,
     plots,
+    presets,
     reproduce,
     results,
     summary,
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141, as shells have it, where the reader of its output has gone.
     """
-    sys.path.insert(0, os.getcwd())  # a user's package.module:function lies where the command is run
+    sys.path.append(os.getcwd())  # a user's package.module:function lies where the command is run
     options = parser().parse_args(arguments)
     try:
         status = options.run(options) or 0
@@ -87,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name, run, text):
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=presets.Help)
         sub.set_defaults(run=run)
         return sub
 
@@ -140,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     certify.add_argument("--n0", type=int, default=100, help="selection samples per image")
     certify.add_argument("--n", type=int, default=100_000, help="estimation samples per image")
     certify.add_argument("--alpha", type=float, default=0.001, help="failure probability of each certificate")
-    certify.add_argument("--skip", type=int, default=1, help="certify every skip-th image")
+    certify.add_argument("--skip", type=int, default=1, help="certify the images whose index it divides")
     certify.add_argument("--max", type=int, help="stop before this image")
     certify.add_argument("--target-class", type=int, help="only images of this class")
     certify.add_argument("--images", type=int, nargs="+", help="only these images, by index")
@@ -254,7 +253,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
-    """The indices to certify: class, random choice, stride, end and shard, in this order."""
+    """The indices to certify: of a class, a random choice or a stride and an end; of these a shard."""
     if options.skip < 1:
         raise ValueError(f"--skip must be at least 1, not {options.skip}")
     if options.max is not None and options.max < 1:
@@ -265,6 +264,8 @@ def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
         raise ValueError(f"--shard must be i/m like 0/2, not {options.shard!r}") from None
     if not 0 <= shard < shards:
         raise ValueError(f"--shard i/m needs 0 <= i < m, not {options.shard}")
+    if shards > 1 and options.seed is None and not Path(options.out).exists():
+        raise ValueError("shards are merged only where they have one seed: give them the same --seed")
     wanted = labels != (-1 if options.except_class is None else options.except_class)
     if options.images is not None:
         if not all(0 <= index < len(labels) for index in options.images):
@@ -274,10 +275,14 @@ def _chosen(options: argparse.Namespace, labels: torch.Tensor) -> list[int]:
         wanted &= named
     if options.target_class is not None:
         wanted &= labels == options.target_class
+    there = wanted.nonzero().flatten()
     if options.count is not None:
-        chosen = datasets.random_subset(wanted.long(), 1, options.count, options.choice).tolist()
-    else:
-        chosen = wanted.nonzero().flatten().tolist()
+        if options.skip != 1 or options.max is not None:
+            raise ValueError("--count chooses at random and --skip and --max by index: give one or the other")
+        if not 1 <= options.count <= len(there):
+            raise ValueError(f"--count {options.count}: there are {len(there)} such images to choose from")
+        there = there[datasets.random_subset(there, None, options.count, options.choice)]
+    chosen = there.tolist()
     chosen = [i for i in chosen if i % options.skip == 0 and (options.max is None or i < options.max)]
     if not chosen:
         raise ValueError("no image is left to certify: look at --target-class, --skip and --max")
@@ -417,7 +422,14 @@ def _named(files: Sequence[str]) -> dict[str, results.Results]:
 
 
 def run_summary(options: argparse.Namespace) -> None:
-    if all(flip_results.is_flip_file(path) for path in options.files):
+    flips = all(flip_results.is_flip_file(path) for path in options.files)
+    if flips and (options.radii or options.target_class is not None or options.over_seeds):
+        raise ValueError("--radii, --target-class and --over-seeds are not for files of label flips, but --flips is")
+    if options.flips and not flips:
+        raise ValueError("--flips is for files of label flips alone")
+    if options.json and options.over_seeds:
+        raise ValueError("--over-seeds adds a column to the table: leave out --json")
+    if flips:
         flip_results.summarize(options.files, options.flips, options.json)
         return
     read = _named(options.files)

@@ -81,6 +81,8 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
     out = Path(options.out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist; create it first")
+    if options.norm == "linf" and options.epsilon is not None and options.epsilon > 1:
+        raise ValueError(f"--epsilon is in pixels from 0 to 1, not {options.epsilon:g}: 16/255, say")
     if out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, not {out.name!r}")
     if options.attack == "metapoison":

@@ -354,7 +354,7 @@ class Sampler:
                     seconds = (now - since) / (loop.planned - done)
                     first, done, since = done, loop.planned, now
                     rate = done / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{done}/{images} images, {rate:.2f} images/s")
+                    bar.set_postfix_str(f"{done}/{images} images, {rate:.2f} images/s", refresh=False)
                     for i, index in enumerate(range(first, done)):
                         yield index, selection[i], estimation[i], seconds
         finally:

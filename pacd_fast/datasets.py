@@ -373,6 +373,8 @@ def _nchw(path: Path, key: str, images: np.ndarray, layout: str | None) -> np.nd
         images = images.astype(np.float32)
     elif images.dtype != np.uint8:
         raise ValueError(f"{path}: {key} must be uint8 0..255 or float in [0, 1], got {images.dtype}")
+    elif images.size and images.max() == 1:
+        raise ValueError(f"{path}: {key} is uint8 and holds 0 and 1 alone: save it as float, or times 255")
     if images.ndim == 3:
         return images[:, None]
     if layout is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pacd_fast import datasets
 from pacd_fast.flip_attacks import attack_logistic, attack_smoothed
@@ -114,9 +115,11 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
     if features is not None:
         raise ValueError(f"{path} holds features already: leave out --features")
     for i in (1, 3):
-        if arrays[i].dtype.kind not in "iub" and not np.array_equal(arrays[i], np.round(arrays[i])):
-            raise ValueError(f"{path}: labels must be whole numbers, 0 and up")
-        arrays[i] = arrays[i].astype(np.int64)
+        labels = arrays[i]
+        whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)))
+        if not whole or labels.ndim != 1 or (labels < 0).any():
+            raise ValueError(f"{path}: {keys[i]} must be whole numbers, 0 and up, one per point")
+        arrays[i] = labels.astype(np.int64)
     if len(arrays[2]) != len(arrays[3]):
         raise ValueError(f"{path}: X_test has {len(arrays[2])} points and y_test {len(arrays[3])}")
     return FeatureData(Path(path).stem.replace("\t", " "), *arrays)
@@ -133,6 +136,7 @@ def certify_data(
     seed: int = 0,
     memory_budget: int = 256 * 2**20,
     device: str = "cpu",
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for every test point, q and certificate (``"ridge"`` has no q: once, as q = 0), in the order of COLUMNS.
 
@@ -179,6 +183,7 @@ def certify_data(
     x_train, x_test = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (data.x_train, data.x_test))
     y_train = torch.as_tensor(data.y_train, device=device)
     chosen = np.random.default_rng(seed).permutation(everything)[:attack]
+    bar = tqdm(total=len(qs) * (1 + len(chosen)), unit="step", desc="label flips", disable=not progress)
     for k, q in enumerate(qs):
         certifier = LabelFlipCertifier(q, l2, intercept=intercept, memory_budget=memory_budget).fit(x_train, y_train)
         wanted = [name for name in certificates if name != "ridge" or k == len(qs) - 1]
@@ -190,6 +195,7 @@ def certify_data(
             alpha = certifier.influences(x_test[i : i + 1])[0]
             attacked = attack_smoothed(alpha, y_train, q, certifier.classes_)
             unbroken.append(len(y_train) if attacked is None else int((attacked != data.y_train).sum()) - 1)
+            bar.update()
         prediction = certifier.predict(x_test[torch.as_tensor(chosen)]).cpu().numpy()
         add(
             ATTACKED,
@@ -200,6 +206,8 @@ def certify_data(
             np.array(unbroken, dtype=np.int64),
             np.full(len(chosen), np.nan),
         )
+        bar.update()
+    bar.close()
     if attack and shared["classes"] == 2:
         needed, prediction = attack_logistic(x_train, y_train, x_test[torch.as_tensor(chosen)])
         survived = np.where(needed < 0, len(data.y_train), needed - 1)
@@ -324,6 +332,7 @@ def run_labelflip(options: argparse.Namespace) -> None:
         seed=options.seed,
         memory_budget=options.memory * 2**20,
         device=str(device),
+        progress=True,
     )
     write(rows, options.out)
     print(table(read([options.out])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,9 @@ class _Bench:
         """Prints a row and puts it into the results file."""
         row = {"data": self.label, "victims": self.scale.seeds, **row}
         row |= {"epochs": self.scale.epochs, "n": self.scale.n, "images": self.scale.count}
-        add_row(self.options.results, table, ["data", *key], row, self.options.device)
+        key = ["data", *key, "epochs", "n", "images"]
+        if not add_row(self.options.results, table, key, row, self.options.device, most="victims"):
+            print(f"{self.options.results} keeps its row, which has more victims", file=sys.stderr)
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

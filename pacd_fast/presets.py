@@ -21,10 +21,17 @@ import torch
 
 from pacd_fast import ops
 
-__all__ = ["Main", "Preset", "add_row", "chain", "device_of", "machine"]
+__all__ = ["Help", "Main", "Preset", "add_row", "chain", "device_of", "machine"]
 
 Main = Callable[[Sequence[str]], int]
 """The command line as a function, which returns an exit status and raises what goes wrong."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pacd_fast import flip_experiments, metapoison_experiments, pacd_experiments, results, victims
 from pacd_fast.losses import METHODS
-from pacd_fast.presets import Main, Preset, add_row, chain, device_of, machine
+from pacd_fast.presets import Help, Main, Preset, add_row, chain, device_of, machine
 from pacd_fast.summary import mean_and_deviation, summarize
 
 __all__ = ["PRESETS", "Preset", "add_commands", "add_row", "chain", "machine", "run"]
@@ -25,8 +25,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """Every preset as a subcommand of `reproduce`."""
     presets = parser.add_subparsers(dest="preset", required=True, metavar="preset")
     for name, preset in PRESETS.items():
-        form = argparse.ArgumentDefaultsHelpFormatter
-        sub = presets.add_parser(name, help=preset.text, description=preset.text, formatter_class=form)
+        text = preset.text.replace("%", "%%")  # argparse's own sign
+        sub = presets.add_parser(name, help=text, description=text, formatter_class=Help)
         preset.add_arguments(sub)
         sub.add_argument(
             "--work", default="reproduced", help="folder for checkpoints and results files; made if missing"
@@ -34,15 +34,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--results",
             default=None,
-            help="file that gets the row: by default benchmarks/results.json where it is there, else one in --work",
+            help="file that gets the row, by default results.json in --work",
         )
 
 
 def run(options: argparse.Namespace, main: Main) -> int:
     """Runs the preset of a parsed command line."""
     Path(options.work).mkdir(parents=True, exist_ok=True)
-    ours = Path("benchmarks/results.json")
-    options.results = options.results or (ours if ours.exists() else Path(options.work) / "results.json")
+    options.results = options.results or Path(options.work) / "results.json"
     where = Path(options.results)
     if not where.parent.is_dir():
         raise FileNotFoundError(f"{where}: the folder {where.parent} does not exist; create it or give --results")

@@ -299,8 +299,12 @@ def merge(paths: Sequence[PathLike], out: PathLike) -> int:
     if not lines:
         raise ValueError(f"{' '.join(map(str, paths)) or 'no file'}: no certified image in it yet")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text("\n".join(["\t".join(COLUMNS), *(lines[idx] for idx in sorted(lines)), ""]), newline="")
-    os.replace(temporary, out)
+    text = "\n".join(["\t".join(COLUMNS), *(lines[idx] for idx in sorted(lines)), ""])
+    try:
+        temporary.write_bytes(text.encode())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(lines)
 
 

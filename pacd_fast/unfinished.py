@@ -17,7 +17,10 @@ def write(path: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Saves tensors and plain values, and what describes the run (JSON values); replaces the file at once."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({**state, "run": json.dumps(run)}, temporary)
+        try:
+            torch.save({**state, "run": json.dumps(run)}, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pacd_fast import checkpoints
+from pacd_fast import __main__, checkpoints
 from pacd_fast.__main__ import main
 from pacd_fast.models import build
 
 # Certifies in the tests: enough samples that a wrong stream, batch or seed shows, few enough for seconds.
-CERTIFY = ["certify", "--data", "mnist5k", "--sigma", "0.5", "--n", "2000", "--skip", "100", "--seed", "7"]
+CERTIFY = ["certify", "--data", "mnist5k", "--sigma", "0.5", "--n", "2000", "--count", "10", "--seed", "7"]
 CERTIFY += ["--device", "cpu"]  # whose bits depend on no batch size
 
 
@@ -107,7 +109,8 @@ def test_train_then_certify_then_summary_then_plot(tmp_path, capsys):
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1] and lines[1]["loss"] < lines[0]["loss"]
     # sigma comes from the checkpoint
-    assert main(["certify", "--checkpoint", str(model), "--n", "1000", "--skip", "50", "--out", str(out)]) == 0
+    assert main(["certify", "--checkpoint", str(model), "--n", "1000", "--count", "20", "--out", str(out)]) == 0
+    assert len({row[1] for row in rows(out)[1:]}) > 5  # classes: a model that knows one only is seen
     capsys.readouterr()
     assert main(["summary", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["results"]
@@ -259,7 +262,8 @@ CERTIFY_BAD = {
     "--max": ["--max", "0"],
     "--shard must be": ["--shard", "half"],
     "--shard i/m": ["--shard", "2/2"],
-    "no image is left": ["--target-class", "11"],
+    "--count 10: there are 0": ["--target-class", "11"],
+    "--count chooses at random": ["--skip", "100"],
     "no CUDA device|CUDA operators": ["--device", "cuda"],
     "unknown device": ["--device", "toaster"],
     "unknown data": ["--data", "imagenet"],
@@ -268,7 +272,7 @@ CERTIFY_BAD = {
     "n is 2000 there and 1000 here": ["--n", "1000"],
     "seed is 7 there and 8 here": ["--seed", "8"],
     "dtype is float32 there": ["--dtype", "bfloat16"],
-    "batch_size": ["--batch-size", "0", "--max", "1000"],
+    "batch_size": ["--batch-size", "0"],
 }
 
 
@@ -357,3 +361,31 @@ def test_memory_does_not_grow_with_n(tmp_path):
     ]
     small, large = (peak(*certify, "--n", n, "--out", f"{n}.tsv") for n in ("10000", "1000000"))
     assert large < small * 1.05 + 8192  # KiB
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from parsers(sub)
+
+
+def test_every_help_can_be_printed():
+    found = list(parsers(__main__.parser()))
+    assert len(found) > 25
+    for each in found:
+        text = each.format_help()
+        assert "usage: pacd-fast" in text and "(default: None)" not in text
+
+
+def test_shards_without_a_seed_are_refused_before_they_are_drawn(checkpoint, tmp_path, capsys):
+    out = tmp_path / "0.tsv"
+    command = ["certify", "--checkpoint", str(checkpoint), "--data", "mnist5k", "--shard", "0/2", "--out", str(out)]
+    assert main(command) == 2 and "give them the same --seed" in capsys.readouterr().err and not out.exists()
+
+
+def test_flags_that_do_not_fit_the_files_are_refused(certified, capsys):
+    assert main(["summary", str(certified), "--flips", "1"]) == 2
+    assert main(["summary", str(certified), "--json", "--over-seeds"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
