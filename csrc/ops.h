@@ -53,6 +53,12 @@ void with_float_type(ScalarType dtype, Run run) {
   run(Half{});
 }
 
+// A kernel would read the other device's pointers.
+template <class... Rest>
+void on_one_device(const char* name, const Tensor& first, const Rest&... rest) {
+  STD_TORCH_CHECK(((rest.get_device() == first.get_device()) && ...), name, ": all tensors must be on one device");
+}
+
 template <class T>
 const T* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
@@ -70,6 +76,7 @@ void noisy_copies_(Tensor out, Tensor x, std::optional<Tensor> image_ids, double
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && out.dim() == x.dim() && images > 0 && rows % images == 0,
                   "noisy_copies: x must be float32 [B, ...] and out [B * copies, ...]");
   for (int64_t d = 1; d < x.dim(); ++d) STD_TORCH_CHECK(out.size(d) == x.size(d), "noisy_copies: out and x differ in shape");
+  on_one_device("noisy_copies", out, x, image_ids.value_or(x), mean.value_or(x), std.value_or(x));
   if (rows == 0 || x.numel() == 0) return;
   const int64_t elements = x.numel() / images;
   STD_TORCH_CHECK(elements < (int64_t{1} << 33), "noisy_copies: an image has more than 2^33 elements");
@@ -130,6 +137,7 @@ Tensor add_votes_(Tensor counts, Tensor logits, Tensor image_index) {
   STD_TORCH_CHECK(image_index.scalar_type() == ScalarType::Long && image_index.dim() == 1 &&
                       image_index.size(0) == logits.size(0),
                   "add_votes_: image_index must be int64 [M]");
+  on_one_device("add_votes_", counts, logits, image_index);
   Tensor nan_rows = torch::stable::new_zeros(counts, {counts.size(0)});
   const Tensor values = torch::stable::contiguous(logits), index = torch::stable::contiguous(image_index);
   with_float_type(logits.scalar_type(), [&](auto type) {
@@ -147,6 +155,7 @@ Tensor clopper_pearson(Tensor k, Tensor n, Tensor alpha, bool upper) {
   STD_TORCH_CHECK(k.scalar_type() == ScalarType::Long && n.scalar_type() == ScalarType::Long &&
                       alpha.scalar_type() == ScalarType::Double && k.numel() == n.numel() && k.numel() == alpha.numel(),
                   "clopper_pearson: k and n must be int64 and alpha float64, of one size");
+  on_one_device("clopper_pearson", k, n, alpha);
   Tensor bound = torch::stable::new_empty(k, k.sizes(), ScalarType::Double);
   const Tensor hits = torch::stable::contiguous(k), draws = torch::stable::contiguous(n), levels = torch::stable::contiguous(alpha);
   Exec::run_rows(ClopperPearson{static_cast<const int64_t*>(hits.data_ptr()), static_cast<const int64_t*>(draws.data_ptr()),
@@ -174,6 +183,7 @@ std::tuple<Tensor, Tensor> chernoff_newton(Tensor alpha, Tensor y, double q) {
                       y.dim() == 1 && y.size(0) == alpha.size(1),
                   "chernoff_newton: alpha must be float64 [m, n] and y int64 [n]");
   STD_TORCH_CHECK(q >= 1e-300 && q < 0.5, "chernoff_newton: q must be in (0, 1/2)");
+  on_one_device("chernoff_newton", alpha, y);
   const Tensor rows = torch::stable::contiguous(alpha), labels = torch::stable::contiguous(y);
   const int64_t m = alpha.size(0);
   Tensor t = torch::stable::new_empty(alpha, {m}), log_tail = torch::stable::new_empty(alpha, {m});
@@ -191,6 +201,7 @@ std::tuple<Tensor, Tensor> chernoff_newton_pairs(Tensor alpha, Tensor y, Tensor 
                   "chernoff_newton_pairs: alpha must be float64 [m, n] and y int64 [n]");
   STD_TORCH_CHECK(pairs.scalar_type() == ScalarType::Long && pairs.dim() == 3 && pairs.size(0) == alpha.size(0) && pairs.size(2) == 2,
                   "chernoff_newton_pairs: pairs must be int64 [m, P, 2]");
+  on_one_device("chernoff_newton_pairs", alpha, y, pairs);
   const double keep = 1.0 - q, other = q / static_cast<double>(classes - 1);
   STD_TORCH_CHECK(classes >= 2 && q >= 1e-300 && keep > other, "chernoff_newton_pairs: q must be in (0, (K - 1) / K)");
   const Tensor rows = torch::stable::contiguous(alpha), labels = torch::stable::contiguous(y);
@@ -241,6 +252,7 @@ Tensor soft_smooth_backward(Tensor grad, Tensor logits, double beta) {
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == logits.size(0) && grad.size(1) == logits.size(2) &&
                       grad.scalar_type() == logits.scalar_type(),
                   "soft_smooth_backward: grad must be [B, C] of logits' dtype");
+  on_one_device("soft_smooth_backward", logits, grad);
   const Tensor x = torch::stable::contiguous(logits), slopes = torch::stable::contiguous(grad);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   with_real_type(x.scalar_type(), [&](auto type) {
@@ -255,6 +267,7 @@ inline void check_radius(const char* name, const Tensor& logits, const Tensor& l
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == logits.size(0), name,
                   ": labels must be int64 [B]");
   STD_TORCH_CHECK(squeeze >= 0 && squeeze < 0.5, name, ": squeeze must be in [0, 1/2)");
+  on_one_device(name, logits, labels);
 }
 
 // The radius, and soft_smooth(logits, beta), which the way back needs.
@@ -286,6 +299,7 @@ Tensor soft_radius_backward(Tensor grad, Tensor logits, Tensor mean, Tensor labe
   STD_TORCH_CHECK(mean.dim() == 2 && mean.size(0) == logits.size(0) && mean.size(1) == logits.size(2) &&
                       mean.scalar_type() == logits.scalar_type(),
                   "soft_radius_backward: mean must be [B, C] of logits' dtype");
+  on_one_device("soft_radius_backward", logits, mean, grad);
   const Tensor means = torch::stable::contiguous(mean);
   Tensor slopes = torch::stable::new_empty(means, means.sizes());
   const Tensor weights = torch::stable::contiguous(grad), classes = torch::stable::contiguous(labels);

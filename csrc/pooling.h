@@ -204,6 +204,7 @@ inline void check_choice(const char* name, const Tensor& choice, const Tensor& o
                       choice.size(0) == other.size(0) && choice.size(1) == other.size(1) && choice.size(2) == height / 2 &&
                       choice.size(3) == width / 2,
                   name, ": choice must be uint8 [N, C, H / 2, W / 2]");
+  STD_TORCH_CHECK(choice.get_device() == other.get_device(), name, ": choice must be on the other tensor's device");
 }
 
 // out from the windows of [N, C, height, width], of which one of `numbers` and out has the shape and the other is pooled.

@@ -183,7 +183,7 @@ def certify_data(
     x_train, x_test = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (data.x_train, data.x_test))
     y_train = torch.as_tensor(data.y_train, device=device)
     chosen = np.random.default_rng(seed).permutation(everything)[:attack]
-    bar = tqdm(total=len(qs) * (1 + len(chosen)), unit="step", desc="label flips", disable=not progress)
+    bar = tqdm(total=len(qs) * (1 + len(chosen)), unit="step", desc="label flips", disable=not progress, delay=1)
     for k, q in enumerate(qs):
         certifier = LabelFlipCertifier(q, l2, intercept=intercept, memory_budget=memory_budget).fit(x_train, y_train)
         wanted = [name for name in certificates if name != "ridge" or k == len(qs) - 1]

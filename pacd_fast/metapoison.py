@@ -208,7 +208,7 @@ def metapoison(
             torch.use_deterministic_algorithms (which needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment).
         checkpoint: a file that is rewritten after every pretrained surrogate and crafting step; with resume, the run
             goes on from it and ends with the bits of an uninterrupted one.
-        after_step: called with the step's number, from 0, and the poison as it is then.
+        after_step: called with the step's number, from 0, and the poison as it is then; after a kill, once more.
 
     Returns:
         The poison, with the attack's settings, target_labels, target_classes, and `history`: a `Step` a crafting step.
@@ -247,8 +247,6 @@ def metapoison(
     with tqdm(total=attack.steps, initial=done, unit="step", disable=not progress, mininterval=interval) as bar:
         for _ in range(done, attack.steps):
             now = crafting.step()
-            if path is not None:
-                crafting.save(path)
             bar.set_postfix_str(
                 f"target loss {now.before:.3f}, unrolled {now.after:.3f}, margin {now.margin:.2f}, "
                 f"success {now.success:.0%}" + (f", {now.lost} lost" if now.lost else ""),
@@ -257,6 +255,8 @@ def metapoison(
             bar.update()
             if after_step is not None:
                 after_step(now.step, poison())
+            if path is not None:  # last: a kill before it repeats the step, and what comes after it, with the same bits
+                crafting.save(path)
     return poison()
 
 

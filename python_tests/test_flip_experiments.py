@@ -164,6 +164,6 @@ def test_feature_files_that_are_damaged_or_have_no_classes(features, tmp_path, c
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     arrays = dict(np.load(features))
     np.savez(tmp_path / "floats.npz", **{**arrays, "y_train": arrays["y_train"] + 0.5})
-    for name, message in (("half.npz", "is not an .npz file"), ("floats.npz", "labels must be whole numbers")):
+    for name, message in (("half.npz", "is not an .npz file"), ("floats.npz", "y_train must be whole numbers")):
         assert main(["labelflip", "--data", str(tmp_path / name), "--out", str(tmp_path / "a.tsv")]) == 2
         assert message in capsys.readouterr().err

@@ -106,6 +106,13 @@ def test_cuda_runs_on_the_current_stream():
 
 
 @pytest.mark.cuda
+def test_cuda_refuses_tensors_of_two_devices():
+    counts, logits = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.eye(3, device="cuda")
+    with pytest.raises(RuntimeError, match="on one device"):
+        torch.ops.pacd_fast.add_votes_(counts, logits, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.cuda
 def test_cuda_leaves_out_votes_for_no_image():
     counts = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
     logits, index = torch.eye(3, device="cuda"), torch.tensor([0, 7, -1], device="cuda")
