@@ -223,7 +223,7 @@ def solve(
         product: [n] -> [n]; b: [n].
         solver: adam (option lr=1e-2; two products a step), cg (for a positive semi-definite C), minres (any symmetric
             C), neumann (option lr), nystrom (option rank=10; conjugate gradients, preconditioned).
-        steps: at most so many; tolerance: stops at this relative residual, in [0, 1).
+        steps: at most so many; tolerance: stops at this relative residual; from 1 on, at the start.
         warm_start: [n], where to begin; by default 0.
 
     Where b is 0 the answer is 0.  An answer that is no better than 0 has `diverged` set; it is not repaired.
@@ -237,8 +237,8 @@ def solve(
         raise ValueError(f"steps must be at least 1, not {steps}")
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be finite and not negative, not {damping}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must be in [0, 1), not {tolerance}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, not {tolerance}")
     if not bool(b.any()):
         return Solved(torch.zeros_like(b), 0.0, 0, 0)
     damped = _Counted(lambda v: product(v) + damping * v)
