@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pacd-fast {options.command}: {_one_line(error)}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"pacd-fast {options.command}: {_one_line(error)}; a smaller --batch-size helps", file=sys.stderr)
+        smaller = {"train": "--microbatch", "certify": "--batch-size", "poison": "--clean-batch"}.get(options.command)
+        hint = f"; a smaller {smaller} helps" if smaller else ""
+        print(f"pacd-fast {options.command}: {_one_line(error)}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = _AGAIN.get(options.command, "")
@@ -425,7 +427,7 @@ def run_summary(options: argparse.Namespace) -> None:
     flips = all(flip_results.is_flip_file(path) for path in options.files)
     if flips and (options.radii or options.target_class is not None or options.over_seeds):
         raise ValueError("--radii, --target-class and --over-seeds are not for files of label flips, but --flips is")
-    if options.flips and not flips:
+    if options.flips and not flips and all(Path(path).exists() for path in options.files):
         raise ValueError("--flips is for files of label flips alone")
     if options.json and options.over_seeds:
         raise ValueError("--over-seeds adds a column to the table: leave out --json")

@@ -120,8 +120,8 @@ def run_poison(options: argparse.Namespace, data: Dataset, device: torch.device)
         print(f"the weights began anew {poison.settings['restarts_nan']} times: a cost was not finite")
     if poison.settings.get("unsolved"):
         print(
-            f"{poison.settings['unsolved']} of {poison.settings['outer_steps']} linear systems ended worse than they "
-            "began: try another --solver, or more --damping"
+            f"{poison.settings['unsolved']} of {poison.settings['outer_steps']} linear systems ended no better than at "
+            "0: try another --solver, or more --damping"
         )
 
 

@@ -85,8 +85,10 @@ def read(paths: Sequence[str | Path]) -> list[Curve]:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}, line {number}: expected {len(COLUMNS)} fields")
                 group = groups.setdefault(tuple(row[name] for name in _CURVE), {})
-                if row["idx"] in group:
-                    raise ValueError(f"{path}, line {number}: point {row['idx']} occurs twice for one certificate")
+                if group.get(row["idx"], row) != row:
+                    raise ValueError(
+                        f"{path}, line {number}: another certificate of point {row['idx']} was read before"
+                    )
                 group[row["idx"]] = row
     curves = []
     for (data, certificate, q, *_), points in groups.items():

@@ -25,7 +25,7 @@ from pacd_fast import _C, unfinished, victims
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import at_least, eval_mode, layout, not_negative, positive
 from pacd_fast.poison import Ball, Poison
-from pacd_fast.training import mix
+from pacd_fast.training import mix, seeded
 from pacd_fast.unrolling import unrolled
 
 __all__ = ["OBJECTIVES", "MetaPoison", "Step", "adversarial_loss", "margin", "metapoison"]
@@ -217,6 +217,7 @@ def metapoison(
         ValueError: for settings that do not fit the data, or a checkpoint of another run.
     """
     device = torch.device(device)
+    attack.ball.check(data)
     index, labels = attack.chosen(data)
     crafting = _Crafting(data, attack, index, device)
     about = {**attack.settings(), "target_labels": labels, "poisons": len(index)}
@@ -290,8 +291,7 @@ class _Crafting:
 
     def fresh(self, number: int, generation: int = 0) -> _Surrogate:
         """A surrogate with new weights, which its number and generation decide."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix(self.attack.seed, _INITIAL, number, generation))
+        with seeded(torch.device("cpu"), mix(self.attack.seed, _INITIAL, number, generation)):
             model = victims.network_for(self.attack.model, self.data)
         model = model.to(self.device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=self.attack.lr, momentum=self.attack.momentum)
@@ -341,8 +341,7 @@ class _Crafting:
         gradient = torch.zeros_like(self.base)
         sums, batches, looked = torch.zeros(5, device=self.device), 0, 0
         model.train()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(mix(attack.seed, _DROPOUT, *seed))
+        with seeded(self.device, mix(attack.seed, _DROPOUT, *seed)):
             for index in order.split(attack.batch_size):
                 x, y, row = as_float(self.images[index]), self.labels[index], self.row[index]
                 x = x.contiguous(memory_format=layout(x))

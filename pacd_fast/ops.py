@@ -201,7 +201,8 @@ def noisy_copies(
         return _ops.noisy_copies(pixels, *numbers)
     plain = pixels if spread is None else pixels / spread.reshape(1, -1, *[1] * (x.dim() - 2))
     slope = (plain - plain.detach()).repeat_interleave(copies, 0)  # 0, with x's derivative
-    return _ops.noisy_copies(pixels.detach(), *numbers) + slope.to(dtype)
+    noisy = _ops.noisy_copies(pixels.detach(), *numbers) + slope.to(dtype)
+    return noisy.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
@@ -558,7 +559,8 @@ def _plain_radius(logits: Tensor, labels: Tensor, beta: float, sigma: float, squ
     constant = torch.special.ndtri(scaled.detach())
     steep = ~(constant.abs() < _farthest(logits))
     z = torch.where(steep, constant, torch.special.ndtri(torch.where(steep, 0.5, scaled)))
-    return torch.where(which[:, 0] == labels, sigma / 2 * (z[:, 0] - z[:, 1]), 0.0)
+    radius = torch.where(which[:, 0] == labels, sigma / 2 * (z[:, 0] - z[:, 1]), 0.0)
+    return torch.where(p.isnan().any(1), math.nan, radius)
 
 
 # What the compiler needs: shapes without data, and gradients.

@@ -27,7 +27,7 @@ from pacd_fast.datasets import Dataset, as_float, random_subset
 from pacd_fast.losses import Gaussian, Loss, SmoothAdv, eval_mode
 from pacd_fast.pacd_settings import PRESETS, Accuracy, Preset, Radius, Recipe, Upper
 from pacd_fast.poison import Ball, Poison
-from pacd_fast.training import keep_lines, mix
+from pacd_fast.training import keep_lines, mix, seeded
 
 __all__ = ["PRESETS", "Accuracy", "Preset", "Radius", "Recipe", "Upper", "choose", "lower_problem", "pacd"]
 
@@ -68,8 +68,7 @@ def lower_problem(
             raise _Spoken(functional_call(network, {**dict(zip(names, inner, strict=True)), **buffers}, (x,)))
 
         try:
-            with torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):
-                torch.manual_seed(mix(seed, 17))
+            with seeded(clean.device, mix(seed, 17)):
                 loss(model, batch(u), y, seed=seed)
         except _Spoken as found:  # what the loss does with the logits is `of_outputs`' business
             return found.logits
@@ -132,6 +131,7 @@ def pacd(
     """
     recipe = recipe or Recipe()
     ball = Ball(epsilon, norm)
+    ball.check(data)
     sigma = getattr(loss, "sigma", None)
     if upper is None:
         upper = Accuracy() if sigma is None else Radius(sigma)
@@ -234,8 +234,7 @@ class _State:
 
     def restart(self) -> None:
         """New weights, a new optimiser, no solution of the linear system."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix(self.seed, 11, self.starts))
+        with seeded(torch.device("cpu"), mix(self.seed, 11, self.starts)):
             network = self.build()
         self.starts += 1
         self.network = network.to(self.device, memory_format=torch.channels_last).train()
@@ -334,8 +333,7 @@ class _Loop:
     def _outer_step(self) -> dict[str, Any]:
         """One batch of poison: lower steps on the weights, the hypergradient, a step of the poison."""
         state = self.state
-        with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
-            torch.manual_seed(mix(self.seed, 18, state.epoch, state.step))  # for dropout and the like
+        with seeded(state.device, mix(self.seed, 18, state.epoch, state.step)):
             return self._one_step()
 
     def _one_step(self) -> dict[str, Any]:

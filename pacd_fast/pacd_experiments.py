@@ -137,18 +137,21 @@ class _Bench:
         return ("mnist5k" if self.embedded else self.data) + ("" if images is None else f"-{images}")
 
     @property
+    def crafted(self) -> str:
+        """What is added to the names of poison files: victims of one name are of one training set."""
+        return "" if self.scale.craft_epochs is None else f"-crafted{self.scale.craft_epochs}"
+
+    @property
     def preset(self) -> str:
         return "cifar10" if self.data == "cifar10" else "mnist-small" if self.options.small else "mnist"
 
     def craft(self, name: str, *flags: object) -> Path:
-        """A poison file; made if it is not there, in a folder of those that are crafted as long."""
-        folder = Path(self.options.work) / f"crafted-{self.scale.craft_epochs or 'full'}"
-        folder.mkdir(parents=True, exist_ok=True)
-        out = folder / f"{self.label}-{name}.npz"
+        """A poison file; made if it is not there, under a name of its own where it is crafted otherwise than usual."""
+        bilevel = not {"watermark", "random"} & set(flags)
+        out = Path(self.options.work) / f"{self.label}-{name}{self.crafted if bilevel else ''}.npz"
         if not out.exists():
             preset = self.preset
             command = ["poison", *self.source, "--preset", preset, "--device", self.options.device, "--resume"]
-            bilevel = not {"watermark", "random"} & set(flags)
             # the authors give SmoothAdv, with one lower step instead of ten, twice the epochs
             epochs = (self.scale.craft_epochs or 0) * (2 if "smoothadv" in flags else 1)
             craft = ["--epochs", epochs] if epochs and bilevel else []
@@ -166,7 +169,7 @@ class _Bench:
         command += [*scale.flags(), "--dtype", self.options.dtype, "--device", self.options.device, "--work", work]
         chain(self.main, [*command, *flags])
         found = json.loads((work / "audit.json").read_text(encoding="utf-8"))["measured"]
-        return {name.removeprefix(f"{self.label}-"): each for name, each in found.items()}
+        return {name.removeprefix(f"{self.label}-").removesuffix(self.crafted): each for name, each in found.items()}
 
     def three(self, method: str, sigma: float) -> dict[str, Any]:
         """Clean, watermarked, random and poisoned, as in tables 2 to 4."""

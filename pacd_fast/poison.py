@@ -66,6 +66,11 @@ class Ball:
         delta = (images.double() - base.double()).flatten(1)
         return delta.abs().amax(1) / scale if self.norm == "linf" else delta.norm(dim=1) / scale
 
+    def check(self, data: Dataset) -> None:
+        """Raises ValueError where no image of the data can move."""
+        if data.x_train.dtype == torch.uint8 and self.epsilon < 1 / 255:
+            raise ValueError(f"epsilon {self.epsilon:g} is below 1/255, the step of 8-bit images: give more")
+
     def rounded(self, u: Tensor, base: Tensor) -> Tensor:
         """u [B, ...] in the dtype of the base images, within the ball as `distortion` measures it.
 
@@ -114,8 +119,7 @@ class Poison:
     ) -> Poison:
         """Poison from images u [P, ...] in float that replace data.x_train[index]; they are brought into the ball."""
         index = index.cpu()
-        if data.x_train.dtype == torch.uint8 and ball.epsilon < 1 / 255:
-            raise ValueError(f"epsilon {ball.epsilon:g} is below 1/255, the step of 8-bit images: give more")
+        ball.check(data)
         images = ball.rounded(u.detach(), data.x_train[index])
         name = f"{data.name}@{data.fingerprint}"
         held = {"train_images": len(data.x_train), "validation": len(data.x_val)}

@@ -31,7 +31,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        none = action.default is None or action.default is False
+        return action.help if none else super()._get_help_string(action)
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,7 @@ def soft_certify(
     Per image n0 samples choose the class, n others give `bernstein_lower` p on its mean probability; the radius is
     sigma * Phi^-1(p), and where p <= 1/2 it abstains.  What is certified is the softmax times 1 - 2^-20 rounded down to
     multiples of 2^-20: a function into [0, 1] like any other, whose classes add up to at most 1 and whose sums are
-    exact.  On the CPU certificates do not
-    depend on batch size, order or number of threads.
+    exact.  On the CPU certificates do not depend on batch size, order or number of threads.
 
     Args:
         beta: inverse temperature, positive; MACER's authors certify at 1 and train at 16.

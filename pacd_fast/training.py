@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def mix(*numbers: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
         state ^= state >> 31
     return state >> 1
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """torch's generators of the CPU and of this device at a seed, for dropout and the like; as they were afterwards."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,13 +157,15 @@ def fit(
     if metrics is not None:
         keep_lines(Path(metrics), first)
     images, labels = images.to(device), labels.to(device)
+    finite = _watch(model)
     seen: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, logits: seen.append(logits))
     steps = -(-len(images) // batch_size)
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    deterministic, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    deterministic = torch.backends.cudnn.deterministic
     bar = tqdm(total=epochs * steps, initial=first * steps, unit="step", disable=not progress, mininterval=interval)
     try:
+        torch.backends.cudnn.deterministic = True
         for epoch in range(first, epochs):
             model.train()
             for group in method.param_groups:
@@ -161,8 +176,7 @@ def fit(
             generator = torch.Generator().manual_seed(mix(seed, epoch))
             order = torch.randperm(len(images), generator=generator).to(device)
             current = loss.at_epoch(epoch) if hasattr(loss, "at_epoch") else loss
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(mix(seed, epoch, 1))  # for dropout and the like
+            with seeded(device, mix(seed, epoch, 1)):
                 for step, index in enumerate(order.split(batch_size)):
                     method.zero_grad(set_to_none=True)
                     mean = torch.zeros((), device=device)
@@ -186,7 +200,7 @@ def fit(
                             right += (votes == y.unsqueeze(1)).sum()
                             voted += votes.numel()
                     method.step()
-                    if step == steps - 1 and not _finite(model):
+                    if step == steps - 1 and not finite():
                         raise ValueError(
                             f"the weights are not finite after epoch {epoch}, step {step} (noise seed {noise}); "
                             "the last checkpoint stands; a smaller lr may help"
@@ -219,8 +233,17 @@ def fit(
     return model.eval()
 
 
-def _finite(model: nn.Module) -> bool:
-    return all(bool(t.isfinite().all()) for t in model.state_dict().values() if t.is_floating_point())
+def _watch(model: nn.Module) -> Callable[[], bool]:
+    """Whether the weights are finite, and the buffers that are now: a mask may well be -inf."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    watched = [name for name, tensor in state.items() if bool(tensor.isfinite().all())]
+    watched += [name for name, _ in model.named_parameters() if name not in watched]
+
+    def finite() -> bool:
+        now = model.state_dict()
+        return all(bool(now[name].isfinite().all()) for name in watched)
+
+    return finite
 
 
 def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -265,6 +288,8 @@ def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, device: tor
     with eval_mode(model):
         try:
             logits = model(as_float(images[:2]).to(device))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"the model does not take images {tuple(images.shape[1:])}: {reason}") from error
@@ -287,6 +312,8 @@ def digest(images: Tensor, labels: Tensor) -> str:
 
 def keep_lines(path: Path, epochs: int) -> None:
     """Leaves the lines of the first epochs in a metrics file: a run that starts or goes on writes the others again."""
+    if path.exists() and not path.is_file():
+        return  # /dev/stdout, say
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     if lines and not lines[0].startswith('{"epoch"'):
         raise ValueError(f"{path} is there and no file of metrics; give another name")

@@ -377,6 +377,8 @@ def test_every_help_can_be_printed():
     for each in found:
         text = each.format_help()
         assert "usage: pacd-fast" in text and "(default: None)" not in text
+    (evaluate,) = [each for each in found if each.prog == "pacd-fast evaluate"]
+    assert "(default: 0)" in evaluate.format_help()
 
 
 def test_shards_without_a_seed_are_refused_before_they_are_drawn(checkpoint, tmp_path, capsys):

@@ -428,7 +428,7 @@ def test_every_table_is_a_chain_of_commands(name, tmp_path, monkeypatch, capsys)
         assert all(command[command.index("--epochs") + 1] in ("15", "30") for command in commands)
     before = len([c for c in commands if c[0] == "poison"])
     assert main(options) == 0 and len([c for c in commands if c[0] == "poison"]) == before  # poison is kept
-    assert main([*options, "--craft-epochs", "2"]) == 0  # other poison, in a folder of its own
+    assert main([*options, "--craft-epochs", "2"]) == 0  # other poison, under another name
     assert len([c for c in commands if c[0] == "poison"]) > before
     assert main([*options, "--seeds", "0"]) == 2 and "seeds must be at least 1" in capsys.readouterr().err
     assert main([*options[:-1], "fashion-mnist"]) == 2

@@ -300,6 +300,12 @@ def test_weights_that_are_not_finite_reach_no_checkpoint(tmp_path):
     assert not checkpoint.exists()
 
 
+def test_a_mask_of_infinities_is_no_failure(tmp_path):
+    model = small_network()
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    fit(model, small_data(), Standard(), epochs=1, checkpoint=tmp_path / "c.pt")
+
+
 def first_loss(model, x, y, *, seed):
     return nn.functional.cross_entropy(model(x), y)
 
