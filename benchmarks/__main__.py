@@ -1,18 +1,11 @@
-"""All benchmarks, one after another: python -m benchmarks [name ...]."""
+"""All benchmarks, one after another: python -m benchmarks [name ...]; bench_solvers (half an hour) by its name only."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-NAMES = (
-    "bench_ops",
-    "bench_certify",
-    "bench_labelflip",
-    "bench_training",
-    "bench_pacd",
-    "bench_metapoison",
-)  # and bench_solvers, by its name: half an hour
+NAMES = ("bench_ops", "bench_certify", "bench_labelflip", "bench_training", "bench_pacd", "bench_metapoison")
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:

@@ -116,12 +116,12 @@ def bound(device: str) -> list[dict[str, Any]]:
     ours = times["ours"] / len(rows)
     exponential = 13_007 * passes * one_exp
     points = [
-        *([(f"pacd_fast, {threads} threads", together), ("pacd_fast, one thread", ours)] if device == "cpu" else []),
-        *([("pacd_fast", together)] if device != "cpu" else []),
+        (f"pacd_fast, {threads} threads" if device == "cpu" else "pacd_fast", together),
         ("NumPy Newton, vectorised", times["numpy"] / 20),
         ("mpmath Newton, 30 digits", slow),
     ]
     if device == "cpu":
+        points.insert(1, ("pacd_fast, one thread", ours))
         points.append((f"torch.exp alone, {passes:.1f} times a label ({one_exp * 1e9:.2f} ns each)", exponential))
     return [
         {

@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -352,7 +352,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), datasets.from_options(options)
     measured: list[evaluate.Measured] = []
     try:
-        _evaluate_each(options, device, data, measured)
+        for one in _evaluate_each(options, device, data):
+            measured.append(one)
     finally:  # after Ctrl-C, what there is
         if measured:
             if len(measured) < len(options.checkpoint):
@@ -365,9 +366,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def _evaluate_each(
-    options: argparse.Namespace, device: torch.device, data: datasets.Dataset, measured: list[evaluate.Measured]
-) -> None:
-    """Appends the figures of one checkpoint after the other."""
+    options: argparse.Namespace, device: torch.device, data: datasets.Dataset
+) -> Iterator[evaluate.Measured]:
+    """The figures of one checkpoint after the other."""
     images, labels = data.split(options.split)
     if options.target_class is not None:
         chosen = labels == options.target_class
@@ -387,18 +388,16 @@ def _evaluate_each(
         sigma = options.sigma if options.sigma is not None else checkpoint.sigma or None  # 0: trained without noise
         if sigma is None:
             raise ValueError(f"{path} does not say what noise it was trained with: give --sigma")
-        measured.append(
-            evaluate.measure(
-                checkpoint.model.to(device),
-                datasets.as_float(images),
-                labels,
-                sigma=sigma,
-                attacked=attacked,
-                copies=copies,
-                iterations=options.iterations,
-                seed=options.seed,
-                progress=True,
-            )
+        yield evaluate.measure(
+            checkpoint.model.to(device),
+            datasets.as_float(images),
+            labels,
+            sigma=sigma,
+            attacked=attacked,
+            copies=copies,
+            iterations=options.iterations,
+            seed=options.seed,
+            progress=True,
         )
 
 

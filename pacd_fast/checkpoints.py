@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pacd_fast.models import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, behind_normalize, build
+from pacd_fast.unfinished import replaced
 
 __all__ = ["Checkpoint", "fingerprint", "load", "save"]
 
@@ -78,15 +79,10 @@ def save(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, 
         raise ValueError(f"{path} is a folder; give the name of a file")
     # Copies, because safetensors refuses tensors that share memory (tied weights).
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(safetensors.torch.save(state, dict(metadata)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary, open(temporary, "wb") as file:
+        file.write(safetensors.torch.save(state, dict(metadata)))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pacd_fast.training import seeded
+
 __all__ = ["Whitening", "fast_ica", "network_features", "pca", "random_convolutions", "train_feature_network"]
 
 
@@ -123,8 +125,7 @@ def train_feature_network(
     """
     classes, targets = labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(torch.device("cpu"), seed):
         c, h, w = images.shape[1:]
         body = nn.Sequential(
             nn.Conv2d(c, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),

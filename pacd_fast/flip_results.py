@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pacd_fast import plots
+from pacd_fast.unfinished import replaced
 
 COLUMNS = (
     "idx",
@@ -38,7 +39,7 @@ def write(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, dialect="excel-tab", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

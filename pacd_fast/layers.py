@@ -29,19 +29,22 @@ def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    narrow = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == 1 and x.requires_grad
-    narrow = narrow and x.dtype in ops.FLOATS and dtype in ops.FLOATS
-    narrow = narrow and (autocast or layer.weight.dtype == dtype) and layer.kernel_size in ((3, 3), (5, 5), (7, 7))
-    narrow = narrow and layer.stride == layer.dilation == (1, 1) and layer.padding in ((0, 0), "valid")
-    narrow = narrow and layer.in_channels == layer.groups == 1 and type(layer) is nn.Conv2d
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    narrow = narrow and not any(hooks)  # spectral_norm is one of these
-    if narrow and not _foreign(x, layer.weight, layer.bias):
+    fits = x.device.type == "cpu" and x.dim() == 4 and x.shape[1] == 1 and x.requires_grad
+    fits = fits and x.dtype in ops.FLOATS and dtype in ops.FLOATS and (autocast or layer.weight.dtype == dtype)
+    if fits and _is_plain(layer) and not _foreign(x, layer.weight, layer.bias):
         bias = None if layer.bias is None else layer.bias.to(dtype)
         found: Tensor = _Narrow.apply(x.to(dtype), layer.weight.to(dtype), bias)
         return found
     result: Tensor = layer(x)
     return result
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    """A convolution of one channel, and nothing more: no steps but of 1, no hook (spectral_norm is one)."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    square = layer.kernel_size in ((3, 3), (5, 5), (7, 7)) and layer.in_channels == layer.groups == 1
+    steps = layer.stride == layer.dilation == (1, 1) and layer.padding in ((0, 0), "valid")
+    return type(layer) is nn.Conv2d and square and steps and not any(hooks)
 
 
 class _Narrow(torch.autograd.Function):

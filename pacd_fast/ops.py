@@ -518,7 +518,7 @@ def soft_radius(logits: Tensor, labels: Tensor, *, beta: float, sigma: float, sq
 
     Args:
         logits: float32 or float64 [B, k, C]; bfloat16 and float16 are computed, and returned, in float32.
-        labels: int64 [B] in [0, C).  On CUDA, and under torch.compile, one outside is a wrong prediction.
+        labels: int64 [B] in [0, C).  On CUDA, under torch.compile and torch.func, one outside is a wrong prediction.
         beta: inverse temperature, positive; sigma: the copies' noise level, positive.
         squeeze: in [0, 1/2), keeps Phi^-1 finite.  With 0 the radius is infinite where all classes but one underflow,
             and the gradient there is 0.

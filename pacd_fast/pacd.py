@@ -257,11 +257,7 @@ class _State:
             return
         for name in (*self.NUMBERS, *self.TENSORS, "q"):
             setattr(self, name, content[name])
-        try:
-            self.network.load_state_dict(content["network"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is of another network; delete it to start again") from error
+        unfinished.restore(path, self.network, content["network"], self.optimizer, content["optimizer"])
 
 
 @dataclass
@@ -305,7 +301,8 @@ class _Loop:
                     state.restart()
                 while state.step < steps and state.seconds < max_seconds:
                     started = clock()
-                    line = self._outer_step()
+                    with seeded(state.device, mix(self.seed, 18, state.epoch, state.step)):  # for dropout
+                        line = self._outer_step()
                     state.step += 1
                     state.seconds += clock() - started
                     state.outer_steps += 1
@@ -332,11 +329,6 @@ class _Loop:
 
     def _outer_step(self) -> dict[str, Any]:
         """One batch of poison: lower steps on the weights, the hypergradient, a step of the poison."""
-        state = self.state
-        with seeded(state.device, mix(self.seed, 18, state.epoch, state.step)):
-            return self._one_step()
-
-    def _one_step(self) -> dict[str, Any]:
         state, recipe = self.state, self.recipe
         generator = torch.Generator().manual_seed(mix(self.seed, 12, state.epoch))
         here = torch.randperm(len(state.chosen), generator=generator).split(recipe.poison_batch)[state.step]

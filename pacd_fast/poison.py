@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pacd_fast.datasets import UNREADABLE, Dataset, as_float
 from pacd_fast.losses import positive
+from pacd_fast.unfinished import replaced
 
 __all__ = ["Ball", "Poison"]
 
@@ -171,19 +172,14 @@ class Poison:
             "data": self.data,
             "settings": self.settings,
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(
-                    file,
-                    index=self.index.numpy(),
-                    images=self.images.numpy(),
-                    labels=self.labels.numpy(),
-                    about=np.array(json.dumps(about)),
-                )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(
+                file,
+                index=self.index.numpy(),
+                images=self.images.numpy(),
+                labels=self.labels.numpy(),
+                about=np.array(json.dumps(about)),
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Poison:

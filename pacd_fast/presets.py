@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pacd_fast import ops
+from pacd_fast.unfinished import AnotherRun, replaced
 
 __all__ = ["Help", "Main", "Preset", "add_row", "chain", "device_of", "machine"]
 
@@ -55,9 +56,8 @@ def chain(main: Main, command: Sequence[object], echo: bool = True) -> str:
     try:
         with contextlib.redirect_stdout(printed):
             status = main(arguments)
-    except ValueError as error:
-        other = "; or give another --work" if "another run" in str(error) else ""
-        raise ValueError(f"{error}{other}") from error
+    except AnotherRun as error:
+        raise ValueError(f"{error}; or give another --work") from error
     finally:
         if echo:
             print(printed.getvalue(), end="", flush=True)
@@ -130,10 +130,6 @@ def add_row(
         "date": str(date.today()),
         "rows": rows,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True

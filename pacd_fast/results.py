@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pacd_fast.unfinished import AnotherRun, replaced
+
 ABSTAIN = -1
 
 COLUMNS = (
@@ -254,8 +256,8 @@ def read(paths: PathLike | Sequence[PathLike]) -> Results:
 def exactly(path: PathLike, wanted: int | Sequence[int]) -> Results:
     """What `read` finds in a file; ValueError where it holds other images, or another number, than are wanted."""
     found = read(path)
-    if len(found) != wanted if isinstance(wanted, int) else sorted(found.idx.tolist()) != sorted(wanted):
-        count = wanted if isinstance(wanted, int) else len(wanted)
+    count, indices = (wanted, None) if isinstance(wanted, int) else (len(wanted), sorted(wanted))
+    if len(found) != count or indices not in (None, sorted(found.idx.tolist())):
         raise ValueError(f"{path} holds {len(found)} images and not the {count} that are wanted; give another --work")
     return found
 
@@ -298,13 +300,8 @@ def merge(paths: Sequence[PathLike], out: PathLike) -> int:
                 raise ValueError(f"{path}: image {row.idx} has another {column} than in the shards before it")
     if not lines:
         raise ValueError(f"{' '.join(map(str, paths)) or 'no file'}: no certified image in it yet")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    text = "\n".join(["\t".join(COLUMNS), *(lines[idx] for idx in sorted(lines)), ""])
-    try:
-        temporary.write_bytes(text.encode())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(out) as temporary:
+        temporary.write_bytes("\n".join(["\t".join(COLUMNS), *(lines[idx] for idx in sorted(lines)), ""]).encode())
     return len(lines)
 
 
@@ -312,7 +309,7 @@ def _check_same_run(where: str, there: Run, here: Run, advice: str) -> None:
     for column in RUN_COLUMNS:
         a, b = getattr(there, column), getattr(here, column)
         if a != b:
-            raise ValueError(f"{where} is another run: {column} is {a} there and {b} here; {advice}")
+            raise AnotherRun(f"{where} is another run: {column} is {a} there and {b} here; {advice}")
 
 
 def _parse(path: Path, *, ours: bool = False) -> tuple[list[Row], Run | None, int]:

@@ -151,13 +151,12 @@ def fit(
     }  # fmt: skip
     first = _resumed(Path(checkpoint), model, method, described) if checkpoint is not None and resume else 0
     if first > epochs:
-        raise ValueError(
+        raise unfinished.AnotherRun(
             f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
         )
     if metrics is not None:
         keep_lines(Path(metrics), first)
     images, labels = images.to(device), labels.to(device)
-    finite = _watch(model)
     seen: list[Tensor] = []
     hook = model.register_forward_hook(lambda module, args, logits: seen.append(logits))
     steps = -(-len(images) // batch_size)
@@ -200,7 +199,7 @@ def fit(
                             right += (votes == y.unsqueeze(1)).sum()
                             voted += votes.numel()
                     method.step()
-                    if step == steps - 1 and not finite():
+                    if step == steps - 1 and not all(bool(p.isfinite().all()) for p in model.parameters()):
                         raise ValueError(
                             f"the weights are not finite after epoch {epoch}, step {step} (noise seed {noise}); "
                             "the last checkpoint stands; a smaller lr may help"
@@ -231,19 +230,6 @@ def fit(
         bar.close()
         hook.remove()
     return model.eval()
-
-
-def _watch(model: nn.Module) -> Callable[[], bool]:
-    """Whether the weights are finite, and the buffers that are now: a mask may well be -inf."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    watched = [name for name, tensor in state.items() if bool(tensor.isfinite().all())]
-    watched += [name for name, _ in model.named_parameters() if name not in watched]
-
-    def finite() -> bool:
-        now = model.state_dict()
-        return all(bool(now[name].isfinite().all()) for name in watched)
-
-    return finite
 
 
 def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -343,9 +329,5 @@ def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, des
     state = unfinished.read(path, described, "training", next(model.parameters()).device)
     if state is None:
         return 0
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is of another network; delete it to start again") from error
+    unfinished.restore(path, model, state["model"], optimizer, state["optimizer"])
     return int(state["epoch"])

@@ -13,6 +13,7 @@ from torch import nn
 from pacd_fast import checkpoints, models, training
 from pacd_fast.datasets import Dataset
 from pacd_fast.losses import METHODS, Loss
+from pacd_fast.unfinished import AnotherRun
 
 __all__ = ["hyperparameters", "loss_of", "network_for", "numbered", "train"]
 
@@ -141,7 +142,7 @@ def train(
         done = checkpoints.load(out, arch=model)
         for key, value in metadata.items():
             if (before := done.metadata.get(key, "")) != value:
-                raise ValueError(
+                raise AnotherRun(
                     f"{out} is of another run: {key} is {before or 'none'} there and {value or 'none'} here; "
                     "choose another --out or delete it"
                 )

@@ -304,6 +304,7 @@ def test_a_mask_of_infinities_is_no_failure(tmp_path):
     model = small_network()
     model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
     fit(model, small_data(), Standard(), epochs=1, checkpoint=tmp_path / "c.pt")
+    assert torch.equal(torch.load(tmp_path / "c.pt")["model"]["mask"], model.mask) and bool(model.mask.isinf().any())
 
 
 def first_loss(model, x, y, *, seed):
