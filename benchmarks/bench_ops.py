@@ -166,6 +166,39 @@ def first_layer() -> list[dict[str, Any]]:
     ]
 
 
+def residual_layers() -> list[dict[str, Any]]:
+    """ResNet-20's 3x3 convolutions on the CPU, a batch of 200, float32: forward, and back to their input."""
+    _C.keep_freed_memory()
+    rows = []
+    for channels, size in ((16, 32), (32, 16), (64, 8)):
+        layer = torch.nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
+        layer.to(memory_format=torch.channels_last)
+        x = torch.randn(200, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+        there, other = layers.convolution(layer, x), layer(x)
+        slope = torch.randn_like(other)
+        name = f"3x3 convolution 200 x {channels} x {size} x {size}"
+        for what, runs in (
+            (
+                "",
+                {
+                    "ours": lambda x=x, layer=layer: layers.convolution(layer, x),
+                    "peer": lambda x=x, layer=layer: layer(x),
+                },
+            ),
+            (
+                ", gradient",
+                {
+                    "ours": lambda x=x, y=there, slope=slope: torch.autograd.grad(y, x, slope, True),
+                    "peer": lambda x=x, y=other, slope=slope: torch.autograd.grad(y, x, slope, True),
+                },
+            ),
+        ):
+            runs["yardstick"] = lambda slope=slope: slope.clone(memory_format=torch.preserve_format)
+            times = medians(runs, rounds=101)
+            rows.append(row(name + what, "element", x.numel(), times, 2 * 4 * x.numel(), "torch", "clone"))
+    return rows
+
+
 def main() -> None:
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() and ops.cuda_library == "loaded" else [])):
         threads = torch.get_num_threads()
@@ -174,7 +207,7 @@ def main() -> None:
             record("noise on one thread", noise(device), device)
             torch.set_num_threads(threads)
         found = [*noise(device), *votes(device), *bounds(device), *pooling(device)]
-        record("operators", [*found, *(first_layer() if device == "cpu" else [])], device)
+        record("operators", [*found, *([*first_layer(), *residual_layers()] if device == "cpu" else [])], device)
 
 
 if __name__ == "__main__":

@@ -134,11 +134,11 @@ def bare_steps(network: str, method: str, batch: int, device: str) -> Callable[[
 
     def run() -> None:
         for _ in range(STEPS[method]):
-            model.eval()
+            model.eval().requires_grad_(False)
             for _ in range(getattr(loss, "steps", 0)):
                 leaf = noisy.detach().requires_grad_()
                 torch.autograd.grad(model(leaf), leaf, grad)
-            model.train()
+            model.train().requires_grad_()
             optimizer.zero_grad(set_to_none=True)
             model(noisy).backward(grad)
             optimizer.step()

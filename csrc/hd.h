@@ -26,12 +26,15 @@
 
 // PACD_LANES before a loop over lanes: not peeled into scalar code before the vectoriser sees it.
 // PACD_NO_ALIAS before a loop whose reads and writes never overlap; not peeled either.
+// PACD_UNROLL before a loop over rows of local arrays, which are to live in registers.
 #if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define PACD_LANES _Pragma("GCC unroll 1")
 #define PACD_NO_ALIAS _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
+#define PACD_UNROLL _Pragma("GCC unroll 16")
 #else
 #define PACD_LANES
 #define PACD_NO_ALIAS
+#define PACD_UNROLL
 #endif
 
 namespace pacd {

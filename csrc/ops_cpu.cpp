@@ -2,6 +2,7 @@
 #include "narrow_cpu.h"
 #include "ops.h"
 #include "tile_cpu.h"
+#include "winograd_cpu.h"
 
 namespace pacd {
 namespace {
@@ -113,9 +114,11 @@ struct Cpu {
 STABLE_TORCH_LIBRARY(pacd_fast, library) {
   for (const char* schema : pacd::schemas) library.def(schema);
   library.def(pacd::narrow_schema);
+  library.def(pacd::winograd_schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CPU, library) {
   pacd::register_operators<pacd::Cpu>(library);
   library.impl("narrow_grad", TORCH_BOX(&pacd::narrow_grad<pacd::Cpu>));
+  library.impl("convolve3x3", TORCH_BOX(&pacd::convolve3x3<pacd::Cpu>));
 }

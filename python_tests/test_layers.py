@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacd_fast import layers
 
@@ -29,7 +30,7 @@ def test_convolution_of_one_channel(size, dtype, bias):
     layer.to(memory_format=torch.channels_last)
     x = torch.rand(3, 1, 11, 13).to(dtype).requires_grad_()
     y = layers.convolution(layer, x)
-    assert (type(y.grad_fn).__name__ == "_NarrowBackward") == (size != 2 and dtype != torch.float64)
+    assert (type(y.grad_fn).__name__ == "_QuickBackward") == (size != 2 and dtype != torch.float64)
     expected = layer(x)
     assert torch.equal(y, expected)
     slope = torch.randn_like(y)
@@ -100,7 +101,119 @@ def test_convolution_of_one_channel_under_autocast():
     torch.testing.assert_close(weight, other, rtol=2e-2, atol=2e-2)
 
 
-def test_the_operator_keeps_to_its_schema():
+@pytest.mark.parametrize("size", [(1, 1), (2, 33), (5, 7), (8, 8), (9, 10), (16, 16)], ids=str)
+@pytest.mark.parametrize("channels", [(16, 16), (16, 48), (64, 32)], ids=str)
+def test_padded_convolution(size, channels):
+    inputs, outputs = channels
+    x, slope = torch.randn(3, inputs, *size), torch.randn(3, outputs, *size)
+    weight, bias = torch.randn(outputs, inputs, 3, 3), torch.randn(outputs)
+    run = torch.ops.pacd_fast.convolve3x3
+    expected = nn.functional.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    back = nn.functional.conv_transpose2d(slope.double(), weight.double(), padding=1)
+    for found, right in ((run(x, weight, bias, False), expected), (run(slope, weight, None, True), back)):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.double(), right, rtol=0, atol=2e-6 * 3 * max(channels) ** 0.5)
+    alone = torch.cat([run(image[None], weight, bias, False) for image in x])
+    assert torch.equal(alone, run(x.contiguous(memory_format=torch.channels_last), weight, bias, False))
+
+
+needs_avx512 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="padded convolutions are torch's without AVX-512"
+)
+
+
+def padded_case(bias=True, size=8):
+    layer = nn.Conv2d(16, 32, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
+    return layer, torch.randn(2, 16, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+@needs_avx512
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_padded_convolution_as_a_layer(bias, frozen):
+    layer, x = padded_case(bias)
+    layer.requires_grad_(not frozen)
+    y, expected = layers.convolution(layer, x), layer(x)
+    assert type(y.grad_fn).__name__ == "_QuickBackward" and not torch.equal(y, expected)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    leaves = (x, *(p for p in layer.parameters() if p.requires_grad))
+    slope = torch.randn_like(y)
+    found, theirs = torch.autograd.grad(y, leaves, slope), torch.autograd.grad(expected, leaves, slope)
+    for a, b in zip(found, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    with torch.no_grad():
+        assert torch.equal(layers.convolution(layer, x), y)
+
+
+class Seen(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["one channel", pytest.param("padded", marks=needs_avx512)])
+def test_no_gradient_of_weights_where_none_is_asked_for(case):
+    layer, x = padded_case() if case == "padded" else (nn.Conv2d(1, 4, 3), torch.rand(2, 1, 9, 9).requires_grad_())
+    weight = "aten::convolution_backward"
+    y = layers.convolution(layer, 2 * x)
+    for wanted, expected in (([x], False), ([x, layer.weight], True), ([layer.weight], True), ([x, layer.bias], True)):
+        with Seen() as seen:
+            torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+        assert (weight in seen.names) == expected
+    y.sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None and layer.bias.grad is not None
+
+
+@needs_avx512
+def test_padded_convolution_has_all_derivatives():
+    layer, x = padded_case()
+    v = torch.randn_like(x)
+    results = []
+    for run in (lambda x: layers.convolution(layer, x), layer):
+        (slope,) = torch.autograd.grad(run(x).square().sin().sum(), x, create_graph=True)
+        second = torch.autograd.grad((slope * v).sum(), (x, *layer.parameters()))
+        forward = torch.func.jvp(lambda x, run=run: run(x).sin(), (x.detach(),), (v,))
+        batched = torch.autograd.grad(
+            run(x), x, torch.stack([run(x).detach(), v.new_ones(2, 32, 8, 8)]), is_grads_batched=True
+        )
+        results.append((slope, *second, *forward, *batched))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+
+
+@needs_avx512
+def test_padded_convolutions_that_are_torchs():
+    layer, x = padded_case()
+    for changed in (x[:, :, :7], x.detach().contiguous(), x.double()):
+        given = layer.double() if changed.dtype == torch.float64 else layer.float()
+        assert torch.equal(layers.convolution(given, changed), given(changed))
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layers.convolution(layer, x), layer(x))
+    for other in (nn.Conv2d(16, 80, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=2)):
+        assert torch.equal(layers.convolution(other, x), other(x))
+    compiled = torch.compile(lambda x: layers.convolution(layer, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_the_operators_keep_to_their_schemas_and_say_what_they_expect():
     x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     arguments = (x, torch.ones(16, 1, 3, 3), 6, 6)
     torch.library.opcheck(torch.ops.pacd_fast.narrow_grad, arguments, test_utils="test_schema")
+    run, weight = torch.ops.pacd_fast.convolve3x3, torch.ones(32, 16, 3, 3)
+    torch.library.opcheck(run, (x, weight, torch.ones(32), False), test_utils="test_schema")
+    assert run(x[:0], weight, None, False).shape == (0, 32, 4, 4)
+    for wrong in (
+        (x.double(), weight, None),
+        (x[:, :8], weight, None),
+        (x, weight[:20], None),
+        (x, weight, torch.ones(3)),
+    ):
+        with pytest.raises(RuntimeError, match="convolve3x3"):
+            run(*wrong, False)

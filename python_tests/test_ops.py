@@ -12,7 +12,7 @@ from torch import Tensor
 from pacd_fast import ops, reference
 
 OPERATORS = sorted({case.op for case in CASES.values()})
-CPU_ONLY = ["narrow_grad"]  # of layers.py, see test_layers.py
+CPU_ONLY = ["narrow_grad", "convolve3x3"]  # of layers.py, see test_layers.py
 
 
 def registered() -> list[str]:
