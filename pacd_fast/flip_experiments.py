@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pacd_fast import datasets
 from pacd_fast.flip_attacks import attack_logistic, attack_smoothed
 from pacd_fast.flip_features import fast_ica, network_features, pca, random_convolutions, train_feature_network
-from pacd_fast.flip_results import ATTACKED, UNDEFENDED, draw, read, table, write
+from pacd_fast.flip_results import ATTACKED, UNDEFENDED, Curve, draw, read, table, write
 from pacd_fast.labelflip import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.losses import at_least
 from pacd_fast.presets import device_of
@@ -237,8 +237,10 @@ EXPERIMENTS = {
 }
 
 
-def reproduce(name: str, out: str | Path, *, data_dir: str | None = None, download: bool = False, seed: int = 0) -> str:
-    """Runs an experiment, writes name.tsv, name.md and a picture per certificate into the folder `out`; the table."""
+def reproduce(
+    name: str, out: str | Path, *, data_dir: str | None = None, download: bool = False, seed: int = 0
+) -> list[Curve]:
+    """Runs an experiment, writes name.tsv, name.md and a picture per certificate into the folder `out`; its curves."""
     experiment, folder = EXPERIMENTS[name], Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -254,12 +256,11 @@ def reproduce(name: str, out: str | Path, *, data_dir: str | None = None, downlo
     print(f"{len(rows)} certificates in {time.perf_counter() - began:.1f} s")
     write(rows, folder / f"{name}.tsv")
     curves = read([folder / f"{name}.tsv"])
-    text = table(curves)
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(table(curves) + "\n", encoding="utf-8")
     for certificate in ("exact", "whitebox"):
         shown = [curve for curve in curves if curve.certificate in (certificate, "ridge", UNDEFENDED)]
         draw(shown, folder / f"{name}-{certificate}.png", f"{experiment.title}: {certificate}")
-    return text
+    return curves
 
 
 # The command line's part.

@@ -112,24 +112,26 @@ def read(paths: Sequence[str | Path]) -> list[Curve]:
     return curves
 
 
+def cells(curve: Curve, flips: Sequence[int] = FLIPS) -> dict[str, str]:
+    """A curve's line of the table, by the names of its columns."""
+    return {
+        "data": curve.data,
+        "certificate": curve.certificate,
+        "q": f"{curve.q:g}" if curve.q else "-",
+        "l2": f"{curve.l2:.4g}" if curve.l2 else "-",
+        "points": str(len(curve.flips)),
+        "accuracy": f"{curve.accuracy(0):.4f}",
+        "median": f"{np.median(curve.flips):g}",
+        **{str(r): f"{curve.accuracy(r):.3f}" for r in flips},
+    }
+
+
 def table(curves: Sequence[Curve], flips: Sequence[int] = FLIPS) -> str:
     """A Markdown table: accuracy, median flips of all points, certified accuracy at each number of flips."""
     head = ["data", "certificate", "q", "l2", "points", "accuracy", "median", *map(str, flips)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * 2 + ["---:"] * (len(head) - 2)) + "|"]
-    for curve in curves:
-        q, l2 = (f"{curve.q:g}" if curve.q else "-"), (f"{curve.l2:.4g}" if curve.l2 else "-")
-        cells = [
-            curve.data,
-            curve.certificate,
-            q,
-            l2,
-            str(len(curve.flips)),
-            f"{curve.accuracy(0):.4f}",
-            f"{np.median(curve.flips):g}",
-            *(f"{curve.accuracy(r):.3f}" for r in flips),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    ruler = ["---"] * 2 + ["---:"] * (len(head) - 2)
+    lines = [head, ruler, *([cells(curve, flips)[name] for name in head] for curve in curves)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summarize(paths: Sequence[str | Path], flips: Sequence[int] | None, as_json: bool) -> None:

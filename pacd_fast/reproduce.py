@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
-from pacd_fast import flip_experiments, metapoison_experiments, pacd_experiments, results, victims
+from pacd_fast import flip_experiments, flip_results, metapoison_experiments, pacd_experiments, results, victims
 from pacd_fast.losses import METHODS
 from pacd_fast.presets import Help, Main, Preset, add_row, chain, device_of, machine
 from pacd_fast.summary import mean_and_deviation, summarize
@@ -34,7 +34,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--results",
             default=None,
-            help="file that gets the row, by default results.json in --work",
+            help="file that gets the rows, by default results.json in --work",
         )
 
 
@@ -168,7 +168,11 @@ def _flips(name: str, experiment: flip_experiments.Experiment) -> Preset:
 
     def run_flips(options: argparse.Namespace, main: Main) -> int:
         where = {"data_dir": options.data_dir, "download": options.download}
-        print(flip_experiments.reproduce(name, options.work, seed=options.seed, **where))
+        curves = flip_experiments.reproduce(name, options.work, seed=options.seed, **where)
+        print(flip_results.table(curves))
+        here = {"seed": options.seed, "machine": machine(), "date": str(date.today())}
+        for row in map(flip_results.cells, curves):
+            add_row(options.results, "label flips, figures", ["data", "certificate", "q", "seed"], {**row, **here})
         return 0
 
     return Preset(f"label-flip certificates: {experiment.title}", add_arguments, run_flips)

@@ -10,7 +10,7 @@ import pytest
 from pacd_fast import flip_experiments
 from pacd_fast.__main__ import main
 from pacd_fast.flip_experiments import EXPERIMENTS, load_features, reproduce
-from pacd_fast.flip_results import COLUMNS, is_flip_file, read
+from pacd_fast.flip_results import COLUMNS, is_flip_file, read, table
 from pacd_fast.labelflip import CERTIFICATES
 
 
@@ -98,7 +98,8 @@ def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsy
     )
     small = flip_experiments.Experiment("mnist17", "network", 50, (0.1,), "MNIST 1/7", attack=2)
     monkeypatch.setitem(EXPERIMENTS, "flips-mnist17", small)
-    text = reproduce("flips-mnist17", tmp_path / "out")
+    curves = reproduce("flips-mnist17", tmp_path / "out")
+    text = table(curves)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"flips-mnist17{end}" for end in (".tsv", ".md", "-exact.png", "-whitebox.png")}
     assert all(f"| {name} |" in text for name in (*CERTIFICATES, "attacked", "undefended"))
@@ -106,6 +107,11 @@ def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsy
         main(["reproduce", "flips-mnist17", "--work", str(tmp_path / "again"), "--results", str(tmp_path / "r.json")])
         == 0
     )
+    assert text in capsys.readouterr().out
+    rows = json.loads((tmp_path / "r.json").read_text())["label flips, figures"]["rows"]
+    assert len(rows) == len(curves) and {row["certificate"] for row in rows} == {c.certificate for c in curves}
+    exact = next(c for c in curves if c.certificate == "exact")
+    assert next(row for row in rows if row["certificate"] == "exact")["10"] == f"{exact.accuracy(10):.3f}"
     assert (tmp_path / "again" / "flips-mnist17.tsv").read_bytes() == (
         tmp_path / "out" / "flips-mnist17.tsv"
     ).read_bytes()
