@@ -24,11 +24,15 @@ def max_pool_relu(x: Tensor) -> Tensor:
 
 
 def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """layer(x), through `conv2d` if it is an nn.Conv2d and nothing more: no hook, groups, dilation or named padding."""
+    """layer(x), as quick as `conv2d` where it is an nn.Conv2d and nothing more: no hook, groups or dilation."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and not any(hooks)
-    if plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):  # spectral_norm is a hook
-        return conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    watched = (
+        any(hooks) or nn.modules.module._has_any_global_hook() or "forward" in vars(layer)
+    )  # by spectral_norm, say
+    plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and not watched
+    if plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        if (found := _quick(x, layer.weight, layer.bias, layer.stride, layer.padding)) is not None:
+            return found
     result: Tensor = layer(x)
     return result
 
@@ -40,17 +44,29 @@ def conv2d(
 
     Images of one channel under filters of 3, 5 or 7 without padding: the way back, also in bfloat16 and float16.
     16 to 64 channels, in sixteens, under padded filters of 3: both ways, in float32 and channels_last, with AVX-512.
+    Of these the rounding is that of the largest among 4x4 neighbours, and an infinity there may give NaN.
     Any other x is torch's affair.
     """
+    found = _quick(x, weight, bias, stride, padding)
+    return F.conv2d(x, weight, bias, stride, padding) if found is None else found
+
+
+def _quick(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor | None:
+    """What `conv2d` has for these; None where torch's is to be taken, for its speed or its error messages."""
+    if not isinstance(x, Tensor) or _foreign(x, weight, bias):  # torch.fx has stand-ins
+        return None
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    fits = x.device.type == "cpu" and x.dim() == 4 and tuple(stride) == (1, 1)
-    fits = fits and x.dtype in ops.FLOATS and dtype in ops.FLOATS and (autocast or weight.dtype == dtype)
-    if fits and not _foreign(x, weight, bias) and (_narrow(x, weight, padding) or _padded(x, weight, padding, dtype)):
-        bias = None if bias is None else bias.to(dtype)
-        found: Tensor = _Quick.apply(x.to(dtype), weight.to(dtype), bias)
-        return found
-    return F.conv2d(x, weight, bias, stride, padding)
+    given = [x, weight] if bias is None else [x, weight, bias]
+    fits = x.dim() == 4 and tuple(stride) == (1, 1) and all(tensor.device.type == "cpu" for tensor in given)
+    fits = fits and dtype in ops.FLOATS
+    fits = fits and all(tensor.dtype in ops.FLOATS if autocast else tensor.dtype == dtype for tensor in given)
+    if not fits or not (_narrow(x, weight, padding) or _padded(x, weight, padding, dtype)):
+        return None
+    found: Tensor = _Quick.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return found
 
 
 def _narrow(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
@@ -60,11 +76,11 @@ def _narrow(x: Tensor, weight: Tensor, padding: tuple[int, ...]) -> bool:
 
 def _padded(x: Tensor, weight: Tensor, padding: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether convolve3x3 is quicker than torch: from 8x8 pixels on, and as long as the filters fit into a cache."""
-    if dtype != torch.float32 or weight.dtype != dtype or weight.shape[2:] != (3, 3) or tuple(padding) != (1, 1):
-        return False
     channels = all(count in (16, 32, 48, 64) for count in weight.shape[:2]) and x.shape[1] == weight.shape[1]
+    if dtype != torch.float32 or weight.shape[2:] != (3, 3) or tuple(padding) != (1, 1) or not channels:
+        return False
     large = x.shape[2] * x.shape[3] >= 64 and x.is_contiguous(memory_format=torch.channels_last)
-    return channels and large and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return large and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class _Quick(torch.autograd.Function):
@@ -106,5 +122,5 @@ def _is_asked_for(ctx: Any, i: int) -> bool:
 
 
 def _foreign(*tensors: Tensor | None) -> bool:
-    """Whether a compiler, torch.func or forward mode looks on: these know torch's operators, and not ours."""
-    return torch.compiler.is_compiling() or ops.transformed(*tensors)
+    """Whether a compiler, a tracer, torch.func or forward mode looks on: these know torch's operators, and not ours."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transformed(*tensors)

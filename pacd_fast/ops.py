@@ -618,6 +618,17 @@ def _noisy_copies_backward(ctx, grad):
 torch.library.register_autograd("pacd_fast::noisy_copies", _noisy_copies_backward, setup_context=_noisy_copies_setup)
 
 
+@torch.library.register_fake("pacd_fast::narrow_grad")
+def _(grad, filters, height, width):
+    return grad.new_empty((grad.shape[0], 1, height, width), dtype=torch.float32)
+
+
+@torch.library.register_fake("pacd_fast::convolve3x3")
+def _(x, weight, bias, transposed):
+    shape = (x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _last(like: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     shape = (*like.shape[:2], height, width)
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)

@@ -1,11 +1,14 @@
 """layers.py against torch's operators: values and all derivatives.  The pooling is in test_ops.py."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacd_fast import layers
+from pacd_fast import layers, models
 
 
 def test_the_gradient_has_the_same_bits_on_any_number_of_threads():
@@ -188,12 +191,26 @@ def test_padded_convolution_has_all_derivatives():
 
 
 @needs_avx512
+def test_padded_convolution_of_a_gradient_with_a_tangent():
+    layer, x = padded_case()
+    slope, v = torch.randn(2, 32, 8, 8), torch.randn(2, 32, 8, 8)
+    tangents = []
+    for run in (lambda x: layers.convolution(layer, x), layer):
+        with torch.autograd.forward_ad.dual_level():
+            (back,) = torch.autograd.grad(run(x), x, torch.autograd.forward_ad.make_dual(slope, v))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(back).tangent)
+    torch.testing.assert_close(tangents[0], tangents[1], rtol=1e-5, atol=1e-4)
+
+
+@needs_avx512
 def test_padded_convolutions_that_are_torchs():
     layer, x = padded_case()
-    for changed in (x[:, :, :7], x.detach().contiguous(), x.double()):
+    last = {"memory_format": torch.channels_last}
+    for changed in (x[:, :, :7].contiguous(**last), x.detach().contiguous(), x.double(), padded_case(size=16)[1][0]):
         given = layer.double() if changed.dtype == torch.float64 else layer.float()
         assert torch.equal(layers.convolution(given, changed), given(changed))
     layer.float()
+    assert torch.equal(layers.conv2d(x, layer.weight, None), nn.functional.conv2d(x, layer.weight))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layers.convolution(layer, x), layer(x))
     for other in (nn.Conv2d(16, 80, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=2)):
@@ -202,12 +219,57 @@ def test_padded_convolutions_that_are_torchs():
     assert torch.equal(compiled(x), layer(x))
 
 
+@needs_avx512
+@pytest.mark.parametrize("change", ["channels", "bias of float64", "meta"])
+def test_what_torch_refuses_is_refused_in_its_words(change):
+    layer, x = padded_case()
+    if change == "channels":
+        x = torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    elif change == "bias of float64":
+        layer.bias = nn.Parameter(layer.bias.double())
+    else:
+        layer.to("meta")
+    messages = []
+    for run in (lambda: layers.conv2d(x, layer.weight, layer.bias, (1, 1), (1, 1)), lambda: layer(x)):
+        try:
+            messages.append(str(run().device))
+        except RuntimeError as error:
+            messages.append(str(error))
+    assert messages[0] == messages[1]
+
+
+@needs_avx512
+def test_a_layer_that_is_watched_is_called():
+    layer, x = padded_case()
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda *_: seen.append("hook")):
+        layers.convolution(layer, x)
+    layer.forward = lambda x: seen.append("replaced")
+    layers.convolution(layer, x)
+    assert seen == ["hook", "replaced"]
+
+
+@needs_avx512
+def test_residual_networks_can_be_traced():
+    network, x = (
+        models.build("resnet20", num_classes=10, in_channels=3, image_size=(16, 16)).eval(),
+        torch.rand(2, 3, 16, 16),
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    for traced in (torch.fx.symbolic_trace(network), torch.jit.trace(network, x)):
+        torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-4)
+    torch.jit.save(torch.jit.trace(network, x), io.BytesIO())
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert network(fake.from_tensor(x)).shape == (2, 10)
+
+
 def test_the_operators_keep_to_their_schemas_and_say_what_they_expect():
     x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     arguments = (x, torch.ones(16, 1, 3, 3), 6, 6)
-    torch.library.opcheck(torch.ops.pacd_fast.narrow_grad, arguments, test_utils="test_schema")
+    torch.library.opcheck(torch.ops.pacd_fast.narrow_grad, arguments, test_utils=("test_schema", "test_faketensor"))
     run, weight = torch.ops.pacd_fast.convolve3x3, torch.ones(32, 16, 3, 3)
-    torch.library.opcheck(run, (x, weight, torch.ones(32), False), test_utils="test_schema")
+    for case in ((x, weight, torch.ones(32), False), (torch.ones(2, 32, 5, 4), weight, None, True)):
+        torch.library.opcheck(run, case, test_utils=("test_schema", "test_faketensor"))
     assert run(x[:0], weight, None, False).shape == (0, 32, 4, 4)
     for wrong in (
         (x.double(), weight, None),
