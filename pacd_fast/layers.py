@@ -31,7 +31,7 @@ def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     )  # by spectral_norm, say
     plain = type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1) and not watched
     if plain and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-        if (found := _quick(x, layer.weight, layer.bias, layer.stride, layer.padding)) is not None:
+        if (found := _quickly(x, layer.weight, layer.bias, layer.stride, layer.padding)) is not None:
             return found
     result: Tensor = layer(x)
     return result
@@ -47,11 +47,11 @@ def conv2d(
     Of these the rounding is that of the largest among 4x4 neighbours, and an infinity there may give NaN.
     Any other x is torch's affair.
     """
-    found = _quick(x, weight, bias, stride, padding)
+    found = _quickly(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding) if found is None else found
 
 
-def _quick(
+def _quickly(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor | None:
     """What `conv2d` has for these; None where torch's is to be taken, for its speed or its error messages."""
