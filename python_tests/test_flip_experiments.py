@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pacd_fast import flip_experiments
-from pacd_fast.__main__ import main
-from pacd_fast.flip_experiments import EXPERIMENTS, load_features, reproduce
-from pacd_fast.flip_results import COLUMNS, is_flip_file, read, table
-from pacd_fast.labelflip import CERTIFICATES
+from pacd_fast.cli import main
+from pacd_fast.experiments import flips as flip_experiments
+from pacd_fast.experiments.flips import FIGURES, reproduce_flips
+from pacd_fast.labelflips import flips_table, is_flip_file, load_features, read_flips
+from pacd_fast.labelflips.certifier import CERTIFICATES
+from pacd_fast.labelflips.results import COLUMNS
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_features_to_file_to_table_to_picture(features, tmp_path, capsys):
     lines = out.read_text().splitlines()
     assert lines[0].split("\t") == list(COLUMNS) and is_flip_file(out) and not is_flip_file(features)
     assert len(lines) == 1 + 30 * (2 * 3 + 1) + 3 * 3  # ridge has no q; 3 points attacked at each q and undefended
-    curves = {(curve.certificate, curve.q): curve for curve in read([out])}
+    curves = {(curve.certificate, curve.q): curve for curve in read_flips([out])}
     assert len(curves) == 10 and all(curve.n == 300 for curve in curves.values())
     for q in (0.1, 0.3):
         assert bool((curves["kl", q].flips <= curves["exact", q].flips).all())
@@ -73,7 +74,7 @@ def test_other_l2_and_classifier(features, tmp_path, capsys):
     assert (
         main(["labelflip", "--data", str(features), "--l2", "3.5", "--no-intercept", "--max", "5", "--out", out]) == 0
     )
-    (curve,) = read([out])
+    (curve,) = read_flips([out])
     assert curve.l2 == 3.5 and len(curve.flips) == 5
 
 
@@ -96,10 +97,10 @@ def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         flip_experiments, "load_features", lambda *a, **k: load_features("mnist17", "pca", 5, data_dir=str(mnist))
     )
-    small = flip_experiments.Experiment("mnist17", "network", 50, (0.1,), "MNIST 1/7", attack=2)
-    monkeypatch.setitem(EXPERIMENTS, "flips-mnist17", small)
-    curves = reproduce("flips-mnist17", tmp_path / "out")
-    text = table(curves)
+    small = flip_experiments.Figure("mnist17", "network", 50, (0.1,), "MNIST 1/7", attack=2)
+    monkeypatch.setitem(FIGURES, "flips-mnist17", small)
+    curves = reproduce_flips("flips-mnist17", tmp_path / "out")
+    text = flips_table(curves)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"flips-mnist17{end}" for end in (".tsv", ".md", "-exact.png", "-whitebox.png")}
     assert all(f"| {name} |" in text for name in (*CERTIFICATES, "attacked", "undefended"))
@@ -144,25 +145,25 @@ def test_damaged_files(features, tmp_path):
     with pytest.raises(ValueError):
         load_features(str(tmp_path / "text.npz"))
     with pytest.raises(ValueError, match="not a file of label-flip certificates"):
-        read([features])
+        read_flips([features])
     bad = tmp_path / "bad.tsv"
     bad.write_text("\t".join(COLUMNS) + "\n1\t2\n")
     with pytest.raises(ValueError, match="line 2"):
-        read([bad])
+        read_flips([bad])
 
 
 def test_certificates_of_two_rules_are_two_curves(features, tmp_path):
     auto, other = str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")
     assert main(["labelflip", "--data", str(features), "--out", auto]) == 0
     assert main(["labelflip", "--data", str(features), "--l2", "500", "--out", other]) == 0
-    assert len({curve.l2 for curve in read([auto, other])}) == 2
-    assert [len(curve.flips) for curve in read([auto, auto])] == [30]
+    assert len({curve.l2 for curve in read_flips([auto, other])}) == 2
+    assert [len(curve.flips) for curve in read_flips([auto, auto])] == [30]
     lines = Path(auto).read_text().splitlines()
     fields = lines[1].split("\t")
     fields[COLUMNS.index("flips")] = "299"
     Path(other).write_text("\n".join([lines[0], "\t".join(fields)]) + "\n")
     with pytest.raises(ValueError, match="another certificate of point 0 was read before"):
-        read([auto, other])
+        read_flips([auto, other])
 
 
 @pytest.mark.parametrize("wrong", [["--max", "0"], ["--max", "-5"], ["--attack", "-3"], ["--device", "cuda:77"]])

@@ -9,7 +9,8 @@ import torch
 from conftest import CASES
 from torch import Tensor
 
-from pacd_fast import ops, reference
+from pacd_fast import ops
+from pacd_fast.ops import reference
 
 OPERATORS = sorted({case.op for case in CASES.values()})
 CPU_ONLY = ["narrow_grad", "convolve3x3"]  # of layers.py, see test_layers.py

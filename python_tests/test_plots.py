@@ -9,9 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from pacd_fast import plots
-from pacd_fast.results import Results, Run
-from pacd_fast.summary import summarize
+from pacd_fast.certification import Results, Run, summarize
+from pacd_fast.experiments import plots
 
 RUN = Run(100, 100_000, 0.001, 0.5, 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
 
