@@ -155,6 +155,18 @@ def max_pool_relu(x: Tensor) -> Tensor:
     return torch.relu(torch.nn.functional.max_pool2d(x, 2))
 
 
+def narrow_grad(grad: Tensor, filters: Tensor, height: int, width: int) -> Tensor:
+    """`pacd_fast.ops.narrow_grad`."""
+    return torch.nn.functional.conv_transpose2d(grad.float(), filters)
+
+
+def convolve3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """`pacd_fast.ops.convolve3x3`."""
+    if transposed:
+        return torch.nn.functional.conv_transpose2d(x, weight, bias, padding=1)
+    return torch.nn.functional.conv2d(x, weight, bias, padding=1)
+
+
 def soft_smooth(logits: Tensor, beta: float = 1.0) -> Tensor:
     """`pacd_fast.ops.soft_smooth`."""
     return torch.softmax(beta * logits, 2).mean(1)
