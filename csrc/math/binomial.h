@@ -3,12 +3,12 @@
 // With S = sum over j >= 0 of prod_{i < j} (n - k - i) / (k + 1 + i) * p / (1 - p), all terms positive,
 //     P(Binomial(n, p) >= k) = C(n, k) p^k (1 - p)^(n - k) * S,        d log P / d log p = k / S.
 // The bound solves P = alpha.  log P is concave in log p, so Newton's method in log p approaches the root from below,
-// whatever the start.  The last steps run in double-double; the result is rounded to double and then *verified*: an upper
-// bound on P, with every rounding error accounted for, must not exceed alpha, or the bound moves outward and is verified
-// again.  An error e in log P moves p by a relative e S / k, which says how exact S has to be.
+// whatever the start.  The last steps run in double-double; the result is rounded to double and then *verified*: an
+// upper bound on P, with every rounding error accounted for, must not exceed alpha, or the bound moves outward and is
+// verified again.  An error e in log P moves p by a relative e S / k, which says how exact S has to be.
 #pragma once
 
-#include "double_double.h"
+#include "math/double_double.h"
 
 namespace pacd {
 
@@ -38,8 +38,7 @@ PACD_INLINE TailSum<Real> tail_sum(int64_t n, int64_t k, Dd odds, double rest) {
     term = term * ratio;
     const double t = leading(term);
     if constexpr (sizeof(Real) == sizeof(double)) {
-      const Dd s = two_sum(sum.hi, t);
-      sum = Dd(s.hi, s.lo + sum.lo);
+      add_exactly(sum.hi, sum.lo, t);
     } else {
       sum = sum + term;
     }
@@ -64,8 +63,8 @@ struct LogTail {
 
 PACD_HD inline LogTail log_tail_above(int64_t n, int64_t k, Dd log_choose, Dd p, Dd q, bool for_q) {
   const Dd odds = p / q;
-  // Plain double suffices where its error moves what is wanted, p or q, by less than a quarter of 2^-53; the test is the
-  // error bound itself.
+  // Plain double suffices where its error moves what is wanted, p or q, by less than a quarter of 2^-53; the test is
+  // the error bound itself.
   const TailSum<double> quick = tail_sum<double>(n, k, odds, 0x1p-60);
   Dd sum = quick.sum;
   double error = quick.error;
@@ -77,7 +76,8 @@ PACD_HD inline LogTail log_tail_above(int64_t n, int64_t k, Dd log_choose, Dd p,
   const Dd from_p = Dd(static_cast<double>(k)) * log(p);
   const Dd from_q = Dd(static_cast<double>(n - k)) * log(q);
   // log_choose comes from factorials below n log n; log and products err by 2^-94 of their size.
-  const double size = 1.0 + static_cast<double>(n) * ::log(static_cast<double>(n) + 1.0) + ::fabs(from_p.hi) + ::fabs(from_q.hi);
+  const double size =
+      1.0 + static_cast<double>(n) * ::log(static_cast<double>(n) + 1.0) + ::fabs(from_p.hi) + ::fabs(from_q.hi);
   return {log_choose + from_p + from_q + log(sum) + Dd(error) + Dd(0x1p-94 * size), sum.hi};
 }
 
@@ -92,7 +92,8 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
   // A start below the root costs a few steps, one above it is brought below by the first step: k/n is above for
   // alpha <= 1/2, and the union bound C(n, k) p^k = alpha is always below.
   const double spread = ::sqrt(-2.0 * target.hi * count * rest / static_cast<double>(n));
-  double log_p = ::fmax((target.hi - log_choose.hi) / count, ::log(::fmax(count - spread, 1e-280) / static_cast<double>(n)));
+  double log_p =
+      ::fmax((target.hi - log_choose.hi) / count, ::log(::fmax(count - spread, 1e-280) / static_cast<double>(n)));
   for (int step = 0; step < 60; ++step) {
     const double p = ::exp(log_p);
     if (!(p < 1.0)) {
@@ -116,17 +117,20 @@ PACD_HD inline Dd solve_binomial_tail(int64_t n, int64_t k, Dd log_choose, doubl
   return p;
 }
 
-PACD_HD inline Dd log_binomial(int64_t n, int64_t k) { return log_factorial(n) - log_factorial(k) - log_factorial(n - k); }
+PACD_HD inline Dd log_binomial(int64_t n, int64_t k) {
+  return log_factorial(n) - log_factorial(k) - log_factorial(n - k);
+}
 
-constexpr double kLargestAlpha = 1.0 - 0x1p-20;  // beyond it Newton's steps are lost in rounding
-constexpr int kVerifications = 64;               // one or two are enough; where these are not, the bound is trivial
+constexpr double largest_alpha = 1.0 - 0x1p-20;  // beyond it Newton's steps are lost in rounding
+constexpr int most_verifications = 64;           // one or two are enough; where these are not, the bound is trivial
 
 PACD_HD inline bool in_range(int64_t k, int64_t n, double alpha) {
-  return n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha <= kLargestAlpha;
+  return n >= 1 && n < (int64_t{1} << 31) && k >= 0 && k <= n && alpha >= 1e-200 && alpha <= largest_alpha;
 }
 
 // The largest double p that could be verified with P(Binomial(n, p) >= k) <= alpha: the Clopper-Pearson lower bound.
-// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha <= kLargestAlpha; anything else gives NaN.  Within 2 ULP of the exact bound.
+// 0 <= k <= n, 1 <= n < 2^31, 1e-200 <= alpha <= largest_alpha; anything else gives NaN.  Within 2 ULP of the exact
+// bound.
 PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) {
   if (!in_range(k, n, alpha)) return NAN;
   if (k == 0) return 0.0;
@@ -135,7 +139,7 @@ PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) 
   const Dd solution = solve_binomial_tail(n, k, log_choose, alpha, false);
   double p = solution.lo < 0.0 ? next_below(solution.hi) : solution.hi;
   if (!(p < 1.0)) p = 1.0 - 0x1p-53;
-  for (int step = 0; step < kVerifications && p > 0.0; ++step, p = next_below(p)) {
+  for (int step = 0; step < most_verifications && p > 0.0; ++step, p = next_below(p)) {
     if (log_tail_above(n, k, log_choose, Dd(p), two_sum(1.0, -p), false).bound <= target) return p;
   }
   return 0.0;
@@ -151,7 +155,7 @@ PACD_HD inline double clopper_pearson_upper(int64_t k, int64_t n, double alpha) 
   const Dd target = log(Dd(alpha)) - Dd(0x1p-94 * 500.0);
   const Dd solution = Dd(1.0) - solve_binomial_tail(n, failures, log_choose, alpha, true);
   double p = solution.lo > 0.0 ? next_above(solution.hi) : solution.hi;
-  for (int step = 0; step < kVerifications && p < 1.0; ++step, p = next_above(p)) {
+  for (int step = 0; step < most_verifications && p < 1.0; ++step, p = next_above(p)) {
     if (log_tail_above(n, failures, log_choose, two_sum(1.0, -p), Dd(p), true).bound <= target) return p;
   }
   return 1.0;

@@ -1,34 +1,13 @@
-// Gaussian noise in float, the same bits on every processor: log, sine and cosine from fma alone, and Box-Muller.
+// Gaussian noise in float, the same bits on every processor: sine and cosine from fma alone, and Box-Muller.
 //
 // Everything here is branch-free, so that the compiler can turn a loop over it into SIMD.  The errors in the comments
 // are what python_tests/test_noise.py asserts against mpmath.
 #pragma once
 
-#include "philox.h"
+#include "math/elementary.h"
+#include "math/philox.h"
 
 namespace pacd {
-
-// log(u) for u in [2^-33, 1]; relative error below 2e-7 (about 2 ULP).
-PACD_INLINE float log_unit(float u) {
-  // u = m * 2^e with m in [sqrt(1/2), sqrt(2)), so that log(m) has no cancellation with e * log(2) near u = 1.
-  const int32_t shifted = bits_as<int32_t>(u) - 0x3F3504F3;
-  const int32_t e = shifted >> 23;
-  const float m = bits_as<float>((shifted & 0x007FFFFF) + 0x3F3504F3);
-  const float f = m - 1.0f;
-  // (log(1 + f) - f + f^2 / 2) / f^3, a weighted least-squares fit of degree 6.
-  float p = 0.0892861858010292f;
-  p = fma(p, f, -0.1434648483991623f);
-  p = fma(p, f, 0.14871390163898468f);
-  p = fma(p, f, -0.16566035151481628f);
-  p = fma(p, f, 0.1996603012084961f);
-  p = fma(p, f, -0.250017374753952f);
-  p = fma(p, f, 0.3333383798599243f);
-  const float f2 = f * f;
-  const float tail = fma(p * f, f2, -0.5f * f2);
-  const float k = static_cast<float>(e);
-  // log(2) in two pieces; the first has trailing zeros, so that k times it is exact.
-  return fma(k, 0.693359375f, f + fma(k, -2.12194440e-4f, tail));
-}
 
 struct SinCos {
   float sin, cos;
@@ -39,12 +18,8 @@ struct SinCos {
 PACD_INLINE SinCos sincos_uniform(uint32_t w) {
   const float x = static_cast<float>(static_cast<int32_t>(w & 0x1FFFFFFFu)) * 1.462918079267160e-9f;  // pi / 4 / 2^29
   const float x2 = x * x;
-  float s = fma(-1.9587841e-4f, x2, 8.3327545e-3f);
-  s = fma(s, x2, -0.16666665f);
-  s = fma(s * x2, x, x);
-  float c = fma(2.4548040e-5f, x2, -1.3888304e-3f);
-  c = fma(c, x2, 4.16666465e-2f);
-  c = fma(c * x2, x2, fma(-0.5f, x2, 1.0f));
+  const float s = fma(horner(x2, -1.9587841e-4f, 8.3327545e-3f, -0.16666665f) * x2, x, x);
+  const float c = fma(horner(x2, 2.4548040e-5f, -1.3888304e-3f, 4.16666465e-2f) * x2, x2, fma(-0.5f, x2, 1.0f));
   const bool swap = w & 0x20000000u;
   return {bits_as<float>(bits_as<uint32_t>(swap ? c : s) ^ (w & 0x80000000u)),
           bits_as<float>(bits_as<uint32_t>(swap ? s : c) ^ (w << 1 & 0x80000000u))};

@@ -1,10 +1,10 @@
 // Philox4x32-10: 128 bits of counter and 64 bits of key to 128 random bits, without state.
 //
-// Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.  The tests hold it against
-// the known answers that the authors publish with Random123.
+// Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.  The tests hold it
+// against the known answers that the authors publish with Random123.
 #pragma once
 
-#include "hd.h"
+#include "portable.h"
 
 namespace pacd {
 
@@ -30,7 +30,7 @@ PACD_INLINE Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
   return {static_cast<uint32_t>(w0), static_cast<uint32_t>(w1), static_cast<uint32_t>(w2), static_cast<uint32_t>(w3)};
 }
 
-// How the package lays its randomness out.  Noise is a function of these four numbers and the block, and of nothing else.
+// How the package lays its randomness out: noise is a function of these four numbers and the block, and nothing else.
 struct NoiseKey {
   uint64_t seed;    // the generator's key
   uint64_t image;   // 48 bits: the image's id in its data set

@@ -18,138 +18,25 @@
 // Rounding, with u = 2^-53 (checked against 60 digits by python_tests/test_labelflip.py):
 //  1. x_i = fl(tau a_i) is off by u x_i, which moves log m_i by at most u x_i w_i, w_i = -dlog m_i/dx_i. log m_i is
 //     convex, so w_i decreases in x and x_i w_i <= integral of w = -log m_i. Error at most u |log m_i|.
-//  2. ExpNegative gives e within 3.5 u and g = 1 - e within 4 u, relative, for x in [0, 708]; above, x counts as 708,
+//  2. exp_negative gives e within 3.5 u and g = 1 - e within 4 u, relative, for x in [0, 708]; above, x counts as 708,
 //     which makes m_i larger.
 //  3. d = 1 - m_i is formed from g without cancellation: relative error at most 6 u for two classes (1 - q, g, one
 //     product) and 11 u for a pair. If d <= 1/2, 1 - d is kept as an exact sum of two doubles, and
 //     |error of log m_i| <= error of d / (1 - d) <= 1.4427 (6 u or 11 u) |log m_i|, as d / ((1 - d) |log(1 - d)|) grows
 //     to 1/log 2 = 1.4427 at d = 1/2. Else m_i is a sum of positive terms, within 6.5 u (10 u), and |log m_i| >= log 2
 //     gives 1.4427 (6.5 u or 10 u) |log m_i| again.
-//     1 to 3 together: at most 10.4 u |log m_i| for two classes, 16.9 u for a pair: kRowUlp = 11 and 18.
+//     1 to 3 together: at most 10.4 u |log m_i| for two classes, 16.9 u for a pair: row_ulp = 11 and 18.
 //  4. The product of the m_i is compensated (its rounding errors are carried along, each known exactly from an fma):
 //     at most 8 n^2 u^2 in the log. The sum of a_i in T is a double-double: at most 4 n u^2 tau sum a_i.
 //  5. K is put together from exact products and exact sums, with one log of a number in [1/sqrt 2, sqrt 2) that is
 //     within 4 u, absolute, and a final rounding of u |K|.
-// log_tail = K + (kRowUlp |sum log m_i| + 4 |K| + 8) u + 4 tau n u^2 sum a_i + 8 n^2 u^2, each evaluated upward.
+// log_tail = K + (row_ulp |sum log m_i| + 4 |K| + 8) u + 4 tau n u^2 sum a_i + 8 n^2 u^2, each evaluated upward.
 #pragma once
-#include "hd.h"
+
+#include "kernels/teams.h"
+#include "math/elementary.h"
 
 namespace pacd {
-
-struct ExpPair {
-  double e;  // exp(-x), relative error below 3.5 * 2^-53
-  double g;  // 1 - exp(-x), relative error below 4 * 2^-53
-};
-
-// exp(-x) and 1 - exp(-x) for x >= 0, branch-free; x above 708 counts as 708, so that exp(-x) stays a normal number.
-PACD_INLINE ExpPair exp_negative(double x) {
-  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer, held in the low bits
-  const double z = x < 708.0 ? -x : -708.0;
-  const double shifted = fma(z, 0x1.71547652b82fep+0, kShift);
-  const double k = shifted - kShift;
-  double r = fma(-k, 0x1.62e42fefa39efp-1, z);  // exact in z where k = 0, so 1 - exp(-x) keeps its digits
-  r = fma(-k, 0x1.abc9e3b39803fp-56, r);
-  // (expm1(r) - r) / r^2 on |r| <= 0.3466: interpolated at Chebyshev nodes; 8.5e-19 relative in expm1.
-  double p = 0x1.1f72fdb6c6442p-29;
-  p = fma(p, r, 0x1.af4ddfbb33a59p-26);
-  p = fma(p, r, 0x1.27e4db6718a69p-22);
-  p = fma(p, r, 0x1.71de02364614ap-19);
-  p = fma(p, r, 0x1.a01a01a6d7b19p-16);
-  p = fma(p, r, 0x1.a01a01abe683ap-13);
-  p = fma(p, r, 0x1.6c16c16c162d6p-10);
-  p = fma(p, r, 0x1.11111111100dep-7);
-  p = fma(p, r, 0x1.5555555555556p-5);
-  p = fma(p, r, 0x1.5555555555557p-3);
-  p = fma(p, r, 0x1.0000000000000p-1);
-  p = fma(r * r, p, r);
-  const double scale = bits_as<double>((bits_as<uint64_t>(shifted) + 1023) << 52);
-  return {fma(scale, p, scale), fma(-scale, p, 1.0 - scale)};
-}
-
-// log of a number in [2^-1/2, 2^1/2), absolute error below 2 * 2^-53: 2 atanh((p - 1) / (p + 1)).
-PACD_INLINE double log_near_one(double p) {
-  const double s = (p - 1.0) / (p + 1.0);
-  const double z = s * s;  // at most 0.02945
-  double w = 2.0 / 21.0;
-  w = fma(w, z, 2.0 / 19.0);
-  w = fma(w, z, 2.0 / 17.0);
-  w = fma(w, z, 2.0 / 15.0);
-  w = fma(w, z, 2.0 / 13.0);
-  w = fma(w, z, 2.0 / 11.0);
-  w = fma(w, z, 2.0 / 9.0);
-  w = fma(w, z, 2.0 / 7.0);
-  w = fma(w, z, 2.0 / 5.0);
-  w = fma(w, z, 2.0 / 3.0);
-  return fma(s * z, w, 2.0 * s);
-}
-
-// sum + value = new sum + error, exactly; the error goes to `low`.
-PACD_INLINE void add_exactly(double& sum, double& low, double value) {
-  const double total = sum + value;
-  const double part = total - sum;
-  low += (sum - (total - part)) + (value - part);
-  sum = total;
-}
-
-// The lanes of a row: element i belongs to lane i % kLanes, each lane runs in order, and lanes are combined as a
-// binary tree. A CPU thread plays all lanes (the compiler makes vectors of them), a CUDA block one per thread: the
-// result has the same bits for every vector width, thread count and device.
-constexpr int kLanes = 128;
-
-// What a Team does for a row: fold `step(state, i)` over i in [0, n), with `settle(state)` after every `period` steps of
-// a lane and at its end (it must be exact, so that its moments do not matter), then combine the lanes with `join`.
-struct SerialTeam {
-  template <int R, class Step, class Settle, class Join>
-  PACD_INLINE void reduce(int64_t n, const double (&start)[R], double (&out)[R], int period, Step step, Settle settle,
-                          Join join) const {
-    alignas(64) double lanes[R][kLanes];
-    for (int r = 0; r < R; ++r)
-      for (int l = 0; l < kLanes; ++l) lanes[r][l] = start[r];
-    const auto settle_all = [&] {
-      for (int l = 0; l < kLanes; ++l) {
-        double state[R];
-        for (int r = 0; r < R; ++r) state[r] = lanes[r][l];
-        settle(state);
-        for (int r = 0; r < R; ++r) lanes[r][l] = state[r];
-      }
-    };
-    int round = 0;
-    for (int64_t first = 0; first < n; first += kLanes) {
-      const int count = n - first < kLanes ? static_cast<int>(n - first) : kLanes;
-      for (int l = 0; l < count; ++l) {
-        double state[R];
-        for (int r = 0; r < R; ++r) state[r] = lanes[r][l];
-        step(state, first + l);
-        for (int r = 0; r < R; ++r) lanes[r][l] = state[r];
-      }
-      if (++round == period) {
-        settle_all();
-        round = 0;
-      }
-    }
-    settle_all();
-    for (int half = kLanes / 2; half > 0; half /= 2)
-      for (int l = 0; l < half; ++l) {
-        double mine[R], other[R];
-        for (int r = 0; r < R; ++r) mine[r] = lanes[r][l], other[r] = lanes[r][l + half];
-        join(mine, other);
-        for (int r = 0; r < R; ++r) lanes[r][l] = mine[r];
-      }
-    for (int r = 0; r < R; ++r) out[r] = lanes[r][0];
-  }
-};
-
-struct AddStates {
-  template <int R>
-  PACD_INLINE void operator()(double (&mine)[R], const double (&other)[R]) const {
-    for (int r = 0; r < R; ++r) mine[r] += other[r];
-  }
-};
-
-struct NothingToSettle {
-  template <int R>
-  PACD_INLINE void operator()(double (&)[R]) const {}
-};
 
 // state[0..2]: a compensated product (p + p_low) 2^exponent; state[3..4]: a double-double sum.
 PACD_INLINE void multiply_exactly(double (&product)[5], double m, double m_low) {
@@ -180,8 +67,8 @@ struct MultiplyStates {
   }
 };
 
-// One row: alpha against labels y. kPair = false: two classes, labels 0 and 1. kPair = true: class `c` against `d`.
-template <bool kPair>
+// One row: alpha against labels y. pair = false: two classes, labels 0 and 1. pair = true: class `c` against `d`.
+template <bool pair>
 struct ChernoffRow {
   const double* alpha;
   const int64_t* y;
@@ -194,7 +81,7 @@ struct ChernoffRow {
   double threshold;
   double reach;  // where the first step may go: tau times the largest influence; any positive number is right
 
-  static constexpr double kRowUlp = kPair ? 18.0 : 11.0;
+  static constexpr double row_ulp = pair ? 18.0 : 11.0;
 
   struct Mix {
     double c0, c1, c2;  // of 1, e and e^2
@@ -202,7 +89,7 @@ struct ChernoffRow {
 
   // The coefficients of m_i; `signed_alpha` is s alpha_i.
   PACD_INLINE Mix mix(double signed_alpha, int64_t label) const {
-    if constexpr (kPair) {
+    if constexpr (pair) {
       const double agree = label == c ? signed_alpha : (label == d ? -signed_alpha : 0.0);
       return {agree < 0 ? keep : other, agree != 0 ? neutral : outside, agree > 0 ? keep : other};
     } else {
@@ -219,11 +106,11 @@ struct ChernoffRow {
     const double zeros[6] = {0, 0, 0, 0, 0, 0};
     team.reduce(
         n, zeros, sums, 0,
-        [this](double(&s)[6], int64_t i) {
+        [this](double (&s)[6], int64_t i) {
           const double value = alpha[i];
           const double size = ::fabs(value);
           double mean, variance, third;
-          if constexpr (kPair) {
+          if constexpr (pair) {
             const double sign = y[i] == c ? 1.0 : (y[i] == d ? -1.0 : 0.0);
             const double gap = keep - other, both = keep + other;
             mean = sign * gap;
@@ -243,7 +130,7 @@ struct ChernoffRow {
           s[5] = size > s[5] ? size : s[5];
         },
         NothingToSettle(),
-        [](double(&a)[6], const double(&b)[6]) {
+        [](double (&a)[6], const double (&b)[6]) {
           for (int r = 0; r < 5; ++r) a[r] += b[r];
           a[5] = b[5] > a[5] ? b[5] : a[5];
         });
@@ -253,7 +140,7 @@ struct ChernoffRow {
       return;
     }
     const double side = margin > 0 ? 1.0 : -1.0, gap = ::fabs(margin);
-    const double most = kPair ? sums[0] : 0.5 * (sums[0] - side * sums[1]);  // what T has beside s thr
+    const double most = pair ? sums[0] : 0.5 * (sums[0] - side * sums[1]);         // what T has beside s thr
     double start = gap * spread / (spread * spread - 0.5 * side * gap * sums[4]);  // Halley's step from t = 0
     start = start > 0.0 && start * spread < 4.0 * gap ? start : gap / spread;
     const double tau = newton(team, side, fma(side, threshold, most), start, sums[5]);
@@ -275,13 +162,13 @@ struct ChernoffRow {
       const double zeros[3] = {0, 0, 0};
       team.reduce(
           n, zeros, slopes, 0,
-          [this, side, tau](double(&s)[3], int64_t i) {
+          [this, side, tau](double (&s)[3], int64_t i) {
             const double signed_alpha = side * alpha[i];
             const double a = ::fabs(signed_alpha);
             const Mix w = mix(signed_alpha, y[i]);
             const double e = exp_negative(tau * a).e;
             double mean, variance, third;  // cumulants of the number of factors e under the tilted probabilities
-            if constexpr (kPair) {
+            if constexpr (pair) {
               const double scale = 1.0 / fma(fma(w.c2, e, w.c1), e, w.c0);
               const double first = w.c1 * e * scale, second = w.c2 * e * e * scale;
               mean = fma(2.0, second, first);
@@ -300,7 +187,10 @@ struct ChernoffRow {
           },
           NothingToSettle(), AddStates());
       const double slope = total - slopes[0], bend = slopes[1];  // K' and K''; the third derivative is -slopes[2]
-      if (slope < 0) below = tau; else above = tau;
+      if (slope < 0)
+        below = tau;
+      else
+        above = tau;
       if (slope == 0.0 || below == limit) return tau;
       const double plain = -slope / bend;
       double move = plain / (1.0 - 0.5 * plain * slopes[2] / bend);
@@ -309,9 +199,12 @@ struct ChernoffRow {
       // the error left is of the order of this move cubed, 1e-7, and K feels its square
       if (::fabs(move) <= 4e-3 * tau) return next;
       if (!(next > below && next < above)) {
-        if (above > limit) next = 8.0 * tau;  // no bracket yet
-        else if (below == 0.0) next = 0.125 * above;
-        else next = above > 16.0 * below ? 4.0 * below : 0.5 * (below + above);
+        if (above > limit)
+          next = 8.0 * tau;  // no bracket yet
+        else if (below == 0.0)
+          next = 0.125 * above;
+        else
+          next = above > 16.0 * below ? 4.0 * below : 0.5 * (below + above);
       }
       next = next < limit ? next : limit;
       if (next == tau) return tau;
@@ -327,13 +220,13 @@ struct ChernoffRow {
     double total[5];
     team.reduce(
         n, one, total, other >= 1e-30 ? 8 : 1,  // eight factors, none below `other`, stay far inside a double's range
-        [this, side, tau](double(&s)[5], int64_t i) {
+        [this, side, tau](double (&s)[5], int64_t i) {
           const double signed_alpha = side * alpha[i];
           const double a = ::fabs(signed_alpha);
           const Mix w = mix(signed_alpha, y[i]);
           const ExpPair x = exp_negative(tau * a);
           double d, direct;
-          if constexpr (kPair) {
+          if constexpr (pair) {
             d = x.g * fma(w.c2, 1.0 + x.e, w.c1);
             direct = fma(fma(w.c2, x.e, w.c1), x.e, w.c0);
           } else {
@@ -343,7 +236,7 @@ struct ChernoffRow {
           const double rest = 1.0 - d;
           const bool small = d <= 0.5;
           multiply_exactly(s, small ? rest : direct, small ? (1.0 - rest) - d : 0.0);
-          add_exactly(s[3], s[4], kPair || signed_alpha < 0 ? a : 0.0);
+          add_exactly(s[3], s[4], pair || signed_alpha < 0 ? a : 0.0);
         },
         SettleProduct(), MultiplyStates());
     double p = total[0], p_low = total[1], exponent = total[2];
@@ -361,9 +254,44 @@ struct ChernoffRow {
     add_exactly(sum, rest, fraction);
     const double value = sum + rest;
     const double u = 0x1p-53, count = static_cast<double>(n);
-    const double error = u * (kRowUlp * ::fabs(logs) + 4.0 * ::fabs(value) + 8.0) +
-                         4.0 * u * u * count * (tau * norm + 2.0 * count);
+    const double error =
+        u * (row_ulp * ::fabs(logs) + 4.0 * ::fabs(value) + 8.0) + 4.0 * u * u * count * (tau * norm + 2.0 * count);
     return value + error * (1.0 + 0x1p-40);
+  }
+};
+
+// The bound of each row of alpha[rows, n] against two-class labels.
+struct ChernoffNewton {
+  const double* alpha;
+  const int64_t* y;
+  double* t;
+  double* log_tail;
+  int64_t n;
+  double q, reach;
+
+  template <class Team>
+  PACD_INLINE void operator()(const Team& team, int64_t row) const {
+    const ChernoffRow<false> problem{alpha + row * n, y, n, 1.0 - q, q, 0.0, 0.0, 0, 0, 0.5, reach};
+    problem.solve(team, t + row, log_tail + row);
+  }
+};
+
+// The same for pairs of K classes: pairs[rows, per_row, 2], t and log_tail [rows, per_row].
+struct ChernoffPairs {
+  const double* alpha;
+  const int64_t* y;
+  const int64_t* pairs;
+  double* t;
+  double* log_tail;
+  int64_t n, per_row;
+  double keep, other, neutral, outside, reach;
+
+  template <class Team>
+  PACD_INLINE void operator()(const Team& team, int64_t item) const {
+    const ChernoffRow<true> problem{
+        alpha + item / per_row * n, y,   n,    keep, other, neutral, outside, pairs[2 * item],
+        pairs[2 * item + 1],        0.0, reach};
+    problem.solve(team, t + item, log_tail + item);
   }
 };
 

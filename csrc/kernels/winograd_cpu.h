@@ -1,5 +1,5 @@
-// The 3x3 convolution of a residual network (stride 1, padding 1) in float32 on the CPU, by Winograd's minimal filtering
-// F(2x2, 3x3) (Lavin and Gray 2016, section 4.1): 16 multiplications for four results instead of 36.
+// The 3x3 convolution of a residual network (stride 1, padding 1) in float32 on the CPU, by Winograd's minimal
+// filtering F(2x2, 3x3) (Lavin and Gray 2016, section 4.1): 16 multiplications for four results instead of 36.
 // benchmarks/bench_ops.py compares; pacd_fast/layers.py has the layer.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <memory>
 #include <new>
 
-#include "ops.h"
+#include "portable.h"
 
 namespace pacd {
 
@@ -24,7 +24,7 @@ inline Lines scratch(int64_t count) {
 // What the kernels below share: channels come 16 at a time, a vector, and tiles (2x2 results) 16 at a time, a matrix.
 struct WinogradSizes {
   static constexpr int lanes = 16, tiles = 16, matrix = tiles * lanes, places = 16;  // of a transformed tile, 4x4
-  int64_t inputs, outputs;                                                             // multiples of 16
+  int64_t inputs, outputs;                                                           // multiples of 16
 };
 
 // G g G^T of every filter; an item is an input channel of 16 output channels.
@@ -97,9 +97,7 @@ struct Winograd : WinogradSizes {
   // One place: [tiles, inputs] times [inputs, 16].  The sums stay in registers.
   PACD_INLINE void multiply(const float* from, const float* filter, float* to) const {
     float sums[tiles][lanes];
-    PACD_UNROLL for (int t = 0; t < tiles; ++t) {
-      PACD_LANES for (int l = 0; l < lanes; ++l) sums[t][l] = 0.0f;
-    }
+    PACD_UNROLL for (int t = 0; t < tiles; ++t) { PACD_LANES for (int l = 0; l < lanes; ++l) sums[t][l] = 0.0f; }
     for (int64_t part = 0; part < inputs; part += lanes, from += places * matrix) {
       for (int c = 0; c < lanes; ++c, filter += lanes) {
         PACD_UNROLL for (int t = 0; t < tiles; ++t) {
@@ -152,7 +150,8 @@ struct Winograd : WinogradSizes {
   PACD_INLINE void operator()(int64_t image) const {
     const int64_t across = (width + 1) / 2, count = (height + 1) / 2 * across, parts = inputs / lanes;
     const int64_t rows = (height + 1) / 2 * 2 + 2, columns = 2 * across + 2, plane = rows * columns * lanes;
-    const Lines padded = scratch(parts * plane), transformed = scratch(parts * places * matrix), product = scratch(places * matrix);
+    const Lines padded = scratch(parts * plane), transformed = scratch(parts * places * matrix),
+                product = scratch(places * matrix);
     pad(x + image * height * width * inputs, padded.get(), rows, columns);
     float* target = out + image * height * width * outputs;
     for (int64_t first = 0; first < count; first += tiles) {
@@ -170,7 +169,8 @@ struct Winograd : WinogradSizes {
       }
       for (int64_t n = 0; n < outputs; n += lanes) {
         for (int place = 0; place < places; ++place) {
-          multiply(transformed.get() + place * matrix, filters + (n * places + place * lanes) * inputs, product.get() + place * matrix);
+          multiply(transformed.get() + place * matrix, filters + (n * places + place * lanes) * inputs,
+                   product.get() + place * matrix);
         }
         for (int t = 0; t < tiles; ++t) {
           float found[4 * lanes];
@@ -186,39 +186,5 @@ struct Winograd : WinogradSizes {
     }
   }
 };
-
-inline constexpr const char* winograd_schema = "convolve3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed) -> Tensor";
-
-// x float32 [N, C, H, W], weight float32 [K, C, 3, 3], bias float32 [K], C and K multiples of 16: float32 [N, K, H, W] in
-// channels_last.  Transposed, x is [N, K, H, W] and the result [N, C, H, W]: the gradient with respect to images.
-template <class Exec>
-Tensor convolve3x3(Tensor given, Tensor weight, std::optional<Tensor> bias, bool transposed) {
-  const auto single = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; };
-  STD_TORCH_CHECK(given.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && single(given) && single(weight),
-                  "convolve3x3: expected float32 x [N, C, H, W] and weight [K, C, 3, 3]");
-  const int64_t outputs = weight.size(transposed ? 1 : 0), inputs = weight.size(transposed ? 0 : 1);
-  STD_TORCH_CHECK(given.size(1) == inputs && inputs % 16 == 0 && outputs % 16 == 0 && inputs > 0 && outputs > 0,
-                  "convolve3x3: channels must fit the weight, and be multiples of 16");
-  STD_TORCH_CHECK(!bias || (single(*bias) && bias->dim() == 1 && bias->size(0) == outputs),
-                  "convolve3x3: bias must be float32, one number a channel");
-  const Tensor x = channels_last(given);
-  const Tensor filters = torch::stable::contiguous(weight);
-  const std::optional<Tensor> added = contiguous(bias);
-  Tensor out = empty_channels_last(x, {x.size(0), outputs, x.size(2), x.size(3)}, ScalarType::Float);
-  if (out.numel() == 0) return out;
-  const WinogradSizes sizes{inputs, outputs};
-  const Lines transformed = scratch(WinogradSizes::places * inputs * outputs), shift = scratch(outputs);
-  Exec::run_rows(WinogradFilters{sizes, static_cast<const float*>(filters.data_ptr()), transformed.get(), transposed},
-                 outputs / WinogradSizes::lanes * inputs, 256, x);
-  if (added) {
-    std::copy_n(static_cast<const float*>(added->data_ptr()), outputs, shift.get());
-  } else {
-    std::fill_n(shift.get(), outputs, 0.0f);
-  }
-  Exec::run_rows(Winograd{sizes, static_cast<const float*>(x.data_ptr()), transformed.get(), shift.get(),
-                          static_cast<float*>(out.data_ptr()), x.size(2), x.size(3)},
-                 x.size(0), 1, x);
-  return out;
-}
 
 }  // namespace pacd

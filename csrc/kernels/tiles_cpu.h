@@ -5,7 +5,7 @@
 // holds all of them against the portable code.
 #pragma once
 
-#include "normal.h"
+#include "math/normal.h"
 
 namespace pacd {
 
@@ -22,13 +22,14 @@ struct RoundKeys {
 
 // The numbers of `count` tiles from `first` on, of the last tile only `wanted`.  With pixels, fma(sigma, number, pixel)
 // instead, and nothing is written behind the last one.
-PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, int wanted, float* out, const float* pixels,
-                                float sigma) {
+PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, int wanted, float* out,
+                                const float* pixels, float sigma) {
   for (int i = 0; i < count; ++i, out += tile_size) {
     alignas(64) float drawn[tile_size];
     float* numbers = pixels ? drawn : out;
     for (int lane = 0; lane < tile_lanes; ++lane)
-      four_normals(random_words(key, static_cast<uint32_t>((first + i) * tile_lanes + lane)), numbers + lane, tile_lanes);
+      four_normals(random_words(key, static_cast<uint32_t>((first + i) * tile_lanes + lane)), numbers + lane,
+                   tile_lanes);
     if (pixels) {
       const int length = i == count - 1 ? wanted : tile_size;
       for (int j = 0; j < length; ++j) out[j] = fma(sigma, numbers[j], pixels[j]);
@@ -63,8 +64,8 @@ PACD_V4 inline __attribute__((always_inline)) void philox_eight(__m512i w[4], co
 }
 
 // As portable_tiles; where the first half of the last tile is enough, the other is not made.
-PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers,
-                               const float* pixels, float sigma) {
+PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted,
+                               float* numbers, const float* pixels, float sigma) {
   const int64_t* keys = rounds.keys;
   const uint32_t top = (key.stream << 16) | static_cast<uint32_t>((key.image >> 32) & 0xFFFFu);
   const __m512i sample = _mm512_set1_epi64(key.sample), image = _mm512_set1_epi64(static_cast<uint32_t>(key.image));
@@ -119,13 +120,15 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
   }
 }
 
-__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted,
-                                                                 float* numbers, const float* pixels, float sigma) {
+__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first,
+                                                                 int count, int wanted, float* numbers,
+                                                                 const float* pixels, float sigma) {
   portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
 }
 
-__attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted,
-                                                          float* numbers, const float* pixels, float sigma) {
+__attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first,
+                                                          int count, int wanted, float* numbers, const float* pixels,
+                                                          float sigma) {
   portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
 }
 
@@ -133,7 +136,8 @@ __attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, cons
 #pragma GCC diagnostic pop
 #else
 namespace pacd {
-inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers, const float* pixels, float sigma) {
+inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers,
+                       const float* pixels, float sigma) {
   portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
 }
 }  // namespace pacd

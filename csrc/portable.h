@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+// Bounds and equal bits rest on IEEE arithmetic, NaN included.  nvcc's --use_fast_math defines nothing: CMakeLists.txt
+// refuses it.
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "pacd_fast's bounds need IEEE arithmetic: build it without -ffast-math and the options that it stands for"
+#endif
+
 #if defined(__CUDACC__)
 #define PACD_HD __host__ __device__
 #define PACD_INLINE __host__ __device__ __forceinline__

@@ -1,5 +1,8 @@
 // How many label flips a prediction survives: exact Neyman-Pearson tables, and the counts for classifiers that are
-// linear in the labels. No torch in here; everything is rounded so that a count is never too large.
+// linear in the labels. Everything is rounded so that a count is never too large.
+//
+// It runs on the host alone and calls libm's log, log1p, pow, exp and erfc: the slack of each bound covers their
+// errors.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "double_double.h"
+#include "math/double_double.h"
 
 namespace pacd {
 
@@ -38,7 +41,8 @@ struct LabelNoise {
 // are rounded up (the factor 1 + 2^-50 in the steps covers three roundings and those of the probabilities), and mass
 // that is dropped from the ends of the window (below 1e-24 each) is counted as filled at price 0. The window is
 // +- 10 standard deviations, sqrt(r) wide: r_max^1.5 steps in all, 0.3 s for r_max = 60 000, against r_max^2 for whole
-// convolutions. Prices never leave log space. Monotone in r by theory (a test on r labels is one on r + 1), and made so.
+// convolutions. Prices never leave log space. tau is monotone in r by theory (a test on r labels is one on r + 1), and
+// made so.
 inline std::vector<double> log_flip_table(const LabelNoise& noise, int64_t r_max, double log_smallest) {
   constexpr double u = 0x1p-53, up = 1.0 + 0x1p-50, dropped_mass = 1e-24;
   const double rest = noise.classes == 2 ? 0.0 : noise.other * static_cast<double>(noise.classes - 2) * up;
@@ -81,8 +85,8 @@ inline std::vector<double> log_flip_table(const LabelNoise& noise, int64_t r_max
     price = fma(price, ratio, std::max(0.0, wanted - filled * slack));
     const double s = static_cast<double>(first + static_cast<int64_t>(j));
     const double log_tau = std::log(price) + s * log_ratio;
-    const double error = std::fabs(s) * log_ratio_error + 4.0 * u * std::fabs(log_tau) + 4.0 * u * (8.0 - std::log(price)) +
-                         4.0 * u * static_cast<double>(mass.size() + 8);
+    const double error = std::fabs(s) * log_ratio_error + 4.0 * u * std::fabs(log_tau) +
+                         4.0 * u * (8.0 - std::log(price)) + 4.0 * u * static_cast<double>(mass.size() + 8);
     table.push_back(price > 0.0 ? std::min(table.back(), log_tau - error) : -INFINITY);
   }
   return table;
@@ -104,8 +108,8 @@ inline std::vector<double> log_flip_table(const LabelNoise& noise, int64_t r_max
 // the rivals, stay below 1/2: then the base classifier has its class with probability above 1/2, which makes it the
 // most probable one under any tie rule.
 //
-// Rounding: votes and harms are summed in double-double (2^-103 n relative to sum |alpha|) and rounded outward; the sums
-// of squares and cubes are plain, within n 2^-53, and enter through `up` and `down`.
+// Rounding: votes and harms are summed in double-double (2^-103 n relative to sum |alpha|) and rounded outward; the
+// sums of squares and cubes are plain, within n 2^-53, and enter through `up` and `down`.
 class LinearVote {
  public:
   // smoothed = false: the classifier without label noise, whose answer is exact.
@@ -120,7 +124,8 @@ class LinearVote {
       const double mean = keep - other;
       inside_ = (keep + other) * neutral + 4.0 * keep * other;
       outside_ = 2.0 * other;
-      inside3_ = keep * std::pow(neutral + 2.0 * other, 3) + neutral * std::pow(mean, 3) + other * std::pow(1.0 + mean, 3);
+      inside3_ =
+          keep * std::pow(neutral + 2.0 * other, 3) + neutral * std::pow(mean, 3) + other * std::pow(1.0 + mean, 3);
       outside3_ = 2.0 * other;
       reach_ = 1.0 + mean;
     } else {
@@ -154,7 +159,8 @@ class LinearVote {
       for (int64_t k = 1; k < classes_; ++k)
         if (score(best) < score(k)) best = k;
       for (int64_t k = 0; k < classes_; ++k)
-        if (k != best) contests_.push_back(contest(best, k, (score(best) - score(k)) * Dd(smoothed_ ? keep_ - other_ : 1.0), doubt));
+        if (k != best)
+          contests_.push_back(contest(best, k, (score(best) - score(k)) * Dd(smoothed_ ? keep_ - other_ : 1.0), doubt));
     } else {
       const Dd mean = smoothed_ ? score(1) * Dd(keep_) + score(0) * Dd(other_) : score(1);
       const Dd vote = mean - Dd(0.5);
@@ -277,7 +283,8 @@ class LinearVote {
     double bound = most / (most + square);
     bound = std::min(bound, std::exp(-square / (2.0 * most + reach_ * order_[0].size * margin * (2.0 / 3.0))));
     if (least > 0.0)
-      bound = std::min(bound, 0.5 * std::erfc(margin / std::sqrt(2.0 * most)) + 0.56 * third / (least * std::sqrt(least)));
+      bound =
+          std::min(bound, 0.5 * std::erfc(margin / std::sqrt(2.0 * most)) + 0.56 * third / (least * std::sqrt(least)));
     return bound * (1.0 + 0x1p-40);  // far above the few ULPs of the lines before, and 2^-43 of exp and erfc
   }
 

@@ -1,34 +1,13 @@
 // Double-double arithmetic: numbers of about 106 bits as unevaluated sums of two doubles, with exp and log.
 //
 // Used where a bound must be told from its neighbour: a tail probability that is known to 1e-16 cannot say on which
-// side of alpha it lies.  Algorithms: Dekker 1971, Knuth TAOCP 2, Hida, Li, Bailey 2001 ("QD").  Each operation errs by
-// at most 8 * 2^-106 of its result; exp and log are checked against mpmath to 2^-96 in the tests.
+// side of alpha it lies.  Algorithms: Hida, Li, Bailey 2001 ("QD").  Each operation errs by at most 8 * 2^-106 of its
+// result; exp and log are checked against mpmath to 2^-96 in the tests.
 #pragma once
 
-#include "hd.h"
+#include "math/elementary.h"
 
 namespace pacd {
-
-struct Dd {
-  double hi, lo;
-  PACD_INLINE Dd(double h = 0.0, double l = 0.0) : hi(h), lo(l) {}
-};
-
-PACD_INLINE Dd two_sum(double a, double b) {
-  const double s = a + b;
-  const double t = s - a;
-  return {s, (a - (s - t)) + (b - t)};
-}
-
-PACD_INLINE Dd quick_two_sum(double a, double b) {  // needs |a| >= |b| or a = 0
-  const double s = a + b;
-  return {s, b - (s - a)};
-}
-
-PACD_INLINE Dd two_product(double a, double b) {
-  const double p = a * b;
-  return {p, fma(a, b, -p)};
-}
 
 PACD_INLINE Dd operator-(Dd a) { return {-a.hi, -a.lo}; }
 
@@ -92,10 +71,11 @@ PACD_HD inline Dd log_factorial(int64_t n) {
     return log(product);
   }
   // Stirling's series with the coefficients B_2k / (2k (2k - 1)); at 33 its 15th term is below 2^-106.
-  const double numerator[15] = {1.0,      -1.0,       1.0,           -1.0,     1.0,           -691.0,         1.0,     -3617.0,
-                                43867.0,  -174611.0,  77683.0,       -236364091.0, 657931.0, -3392780147.0, 1723168255201.0};
-  const double denominator[15] = {12.0,     360.0,  1260.0,  1680.0, 1188.0, 360360.0, 156.0, 122400.0,
-                                  244188.0, 125400.0, 5796.0, 1506960.0, 300.0, 93960.0, 2492028.0};
+  const double numerator[15] = {1.0,     -1.0,         1.0,      -1.0,          1.0,
+                                -691.0,  1.0,          -3617.0,  43867.0,       -174611.0,
+                                77683.0, -236364091.0, 657931.0, -3392780147.0, 1723168255201.0};
+  const double denominator[15] = {12.0,     360.0,    1260.0, 1680.0,    1188.0, 360360.0, 156.0,    122400.0,
+                                  244188.0, 125400.0, 5796.0, 1506960.0, 300.0,  93960.0,  2492028.0};
   const Dd x(static_cast<double>(n) + 1.0);
   const Dd inverse = Dd(1.0) / x;
   const Dd inverse2 = inverse * inverse;
