@@ -79,7 +79,10 @@ def _lattice() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         ((x[:, :1, ::2, ::3], 1.0, 4, 1), {"step": 1e-5}),
         ((torch.rand(2, 784), 0.5, 2, 1), {"step": step}),
         ((levels, 0.5, 2, 1), {"memory_format": torch.channels_last, "step": step}),
-        ((levels, 0.5, 2, 1), {"dtype": torch.bfloat16, "memory_format": torch.channels_last, "step": [step, 0.1, 1e-5]}),
+        (
+            (levels, 0.5, 2, 1),
+            {"dtype": torch.bfloat16, "memory_format": torch.channels_last, "step": [step, 0.1, 1e-5]},
+        ),
         ((torch.rand(4), 0.5, 2, 1), {"step": step}),
         ((torch.rand(1, 129).bfloat16(), 0.5, 2, 1), {"step": step}),
         ((levels, 0.0, 2, 1), {"step": step}),

@@ -28,7 +28,7 @@ def pixels() -> np.ndarray:
     return np.concatenate([levels, rng.random(1024, np.float32), 6 * rng.random(1024, np.float32) - 3])
 
 
-# --- The error bounds of csrc/math/lattice.h ---------------------------------------------------------------------------
+# --- The error bounds of csrc/math/lattice.h ---
 
 
 def check_float_error(stride: int) -> None:
@@ -106,7 +106,7 @@ def test_a_channels_lattice_is_right():
     assert found["wrong_quick"] == found["wrong_exact"] == found["voids"] == 0 < found["open"]
 
 
-# --- Which digits are read ---------------------------------------------------------------------------------------------
+# --- Which digits are read ---
 
 
 def test_numbers_are_one_in_python_and_in_cpp():
@@ -132,7 +132,7 @@ def test_the_portable_kernel_gives_the_bits_of_the_tiles():
         assert np.array_equal(plain, y.numpy()) and not voids.any()
 
 
-# --- The law -----------------------------------------------------------------------------------------------------------
+# --- The law ---
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -176,7 +176,7 @@ def test_neyman_pearson_in_one_dimension():
             assert (high >= stats.norm.cdf(stats.norm.ppf(low) - shift / sigma)).all()
 
 
-# --- What a user meets -------------------------------------------------------------------------------------------------
+# --- What a user meets ---
 
 
 def test_images_on_the_lattice_come_back():

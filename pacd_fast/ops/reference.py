@@ -92,7 +92,9 @@ def random_words(elements: int, seed: int, stream: int, image: int, sample: int)
     counter[:, 0] = np.arange(tiles * 16)
     counter[:, 1:] = sample, image & 0xFFFFFFFF, (stream << 16) | (image >> 32)
     words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(tiles, 16, 2, 2).repeat(2, 2)
-    words = words.transpose(0, 2, 1, 3).reshape(-1, 2)[:elements]  # element 64 t + 16 w + l has word w of block 16 t + l
+    words = words.transpose(0, 2, 1, 3).reshape(-1, 2)[
+        :elements
+    ]  # element 64 t + 16 w + l has word w of block 16 t + l
     return words[:, 0], words[:, 1]
 
 
@@ -117,7 +119,7 @@ def lattice_cells(
     image: int,
     sample: int,
 ) -> np.ndarray:
-    """The cells of one sample of one image, float64 [elements]: in float64, and where that is near an end, with mpmath."""
+    """The cells of a sample of one image, float64 [elements]: in float64, and with mpmath where that is near an end."""
     words = random_words(x.size, seed, stream, image, sample)
     further = random_words(x.size, seed, stream | 0x8000, image, sample)
     radius, angle = (w.astype(object) * 2**32 + v.astype(object) for w, v in zip(words, further, strict=True))
@@ -152,7 +154,11 @@ def lattice_copies(
     ids = range(len(x)) if image_ids is None else image_ids.tolist()
     channels = [-1, *[1] * (x.dim() - 2)] if x.dim() > 1 else []
     steps, offsets = (
-        torch.as_tensor(0.0 if v is None else v, dtype=torch.float64).reshape(channels).expand(x.shape[1:]).numpy().ravel()
+        torch.as_tensor(0.0 if v is None else v, dtype=torch.float64)
+        .reshape(channels)
+        .expand(x.shape[1:])
+        .numpy()
+        .ravel()
         for v in (step, offset)
     )
     sigma = float(np.float32(sigma))
