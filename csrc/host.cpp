@@ -13,6 +13,8 @@
 
 #include "certification.h"
 #include "kernels/flips.h"
+#include "kernels/lattice.h"
+#include "math/lattice_errors.h"
 #include "math/normal.h"
 
 namespace py = pybind11;
@@ -68,9 +70,73 @@ py::array_t<float> normals(py::array_t<uint32_t, py::array::c_style | py::array:
   if (words.ndim() != 2 || words.shape(1) != 2) throw py::value_error("words must be [N, 2]");
   py::array_t<float> out({words.shape(0), words.shape(1)});
   for (py::ssize_t i = 0; i < words.shape(0); ++i) {
-    const NormalPair pair = box_muller(words.at(i, 0), words.at(i, 1));
+    const NormalPair pair = BoxMuller::pair(words.at(i, 0), words.at(i, 1));
     out.mutable_at(i, 0) = pair.first;
     out.mutable_at(i, 1) = pair.second;
+  }
+  return out;
+}
+
+using Pixels = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// The evidence for lattice noise; see lattice_errors.h.
+std::pair<double, double> lattice_radius_errors(uint32_t first, uint32_t last, uint32_t stride, int threads) {
+  if (first > last || stride < 1) throw py::value_error("first must not be above last, and stride positive");
+  py::gil_scoped_release release;
+  const RadiusErrors found = radius_errors(first, last, stride, threads);
+  return {found.radius, found.number};
+}
+
+std::pair<double, double> lattice_angle_errors(uint32_t eighth, uint32_t stride, int threads) {
+  if (eighth > 7 || stride < 1) throw py::value_error("eighth must be in [0, 8), and stride positive");
+  py::gil_scoped_release release;
+  const AngleErrors found = angle_errors(eighth, stride, threads);
+  return {found.error, found.size};
+}
+
+py::dict lattice_cell_errors(Pixels x, float sigma, double step, double offset, uint64_t seed, int64_t samples,
+                             int threads) {
+  CellErrors found;
+  {
+    const float* pixels = x.data();
+    const int64_t elements = x.size();
+    py::gil_scoped_release release;
+    found = cell_errors(Lattice(sigma, step, offset), pixels, elements, sigma, seed, samples, threads);
+  }
+  py::dict result;
+  result["cells"] = found.cells;
+  result["open"] = found.open;
+  result["near"] = found.near;
+  result["voids"] = found.voids;
+  result["wrong_quick"] = found.wrong_quick;
+  result["wrong_exact"] = found.wrong_exact;
+  result["quick_share"] = found.quick_share;
+  result["exact_share"] = found.exact_share;
+  return result;
+}
+
+// Samples first, first + 1, ... of one image, float32 [samples, elements], by the kernel's code for single elements and
+// without SIMD.
+py::array_t<float> lattice_points(Pixels x, float sigma, double step, double offset, uint64_t seed, uint32_t stream,
+                                  int64_t image, int64_t first, int64_t samples) {
+  const int64_t elements = x.size();
+  py::array_t<float> out({samples, elements});
+  Lattice lattice(sigma, step, offset);
+  std::vector<float> whole(elements), part(elements);
+  std::vector<uint8_t> voids(samples);
+  const PlacePixels place{x.data(), &lattice, whole.data(), part.data(), elements, elements, 1};
+  for (int64_t item = 0; item * tile_size < elements; ++item) place(item);
+  const LatticeCopies<float> kernel{x.data(),     whole.data(), part.data(), &lattice, out.mutable_data(),
+                                    voids.data(), &image,       samples,     first,    elements,
+                                    1,            elements,     seed,        stream,   false};
+  for (int64_t r = 0; r < samples; ++r) {
+    const auto row = kernel.row(r);
+    for (int64_t e = 0; e < elements; ++e) {
+      float number[tile_size / tile_lanes];
+      const auto block = static_cast<uint32_t>(e / tile_size * tile_lanes + e % tile_lanes);
+      four_normals<BoundedBoxMuller>(random_words(row.key, block), number, 1);
+      kernel.put(row, e, number[e % tile_size / tile_lanes]);
+    }
   }
   return out;
 }
@@ -172,6 +238,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
         "Philox4x32-10 of four counter words and two key words.");
   m.def("normals", &normals, py::arg("words"), "Box-Muller of uint32 [N, 2] -> float32 [N, 2].");
+  m.def(
+      "lattice_constants",
+      [] { return std::make_tuple(first_radius_word, last_radius_word, noise_error, angle_error, further_digits); },
+      "(first, last radius word, bound on float's normal number, on its sine and cosine, stream of further digits).");
+  m.def("lattice_radius_errors", &lattice_radius_errors, py::arg("first"), py::arg("last"), py::arg("stride") = 1,
+        py::arg("threads") = 1,
+        "Worst errors over radius words, for every value of the unread digits: of float's radius, of its normal number.");
+  m.def("lattice_angle_errors", &lattice_angle_errors, py::arg("eighth"), py::arg("stride") = 1, py::arg("threads") = 1,
+        "Worst error of float's sine and cosine over the angle words of an eighth of a turn, and their largest size.");
+  m.def("lattice_cell_errors", &lattice_cell_errors, py::arg("x"), py::arg("sigma"), py::arg("step"), py::arg("offset"),
+        py::arg("seed"), py::arg("samples"), py::arg("threads") = 1,
+        "Cells of samples of x against double-double arithmetic, counted.");
+  m.def("lattice_points", &lattice_points, py::arg("x"), py::arg("sigma"), py::arg("step"), py::arg("offset"),
+        py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"), py::arg("samples"),
+        "Lattice noise of one image, element by element: float32 [samples, elements], for the tests.");
+  m.def("lattice_radius", &exact_radius, py::arg("digits"), "sqrt(-2 log((digits + 1/2) / 2^64)), for the tests.");
+  m.def("lattice_circle", &exact_circle, py::arg("word"), py::arg("further"), py::arg("sine"),
+        "Sine or cosine of an angle word and 32 further digits, for the tests.");
   m.def(
       "exp_negative",
       [](double x) {

@@ -1,6 +1,8 @@
 // The kernels of lattice noise: where the pixels lie on their lattice, once, and the noisy cells, once a copy.
 #pragma once
 
+#include <type_traits>
+
 #include "math/half.h"
 #include "math/lattice.h"
 
@@ -149,8 +151,8 @@ struct LatticeCopies {
       any |= open[i];
       points[i] = lattice.point(wholes[i] + j);
     }
-    if (stride == 1) {
-      PACD_NO_ALIAS for (int i = 0; i < length; ++i) convert(points[i], target + i);
+    if (stride == 1 || std::is_same_v<Out, float>) {
+      PACD_NO_ALIAS for (int i = 0; i < length; ++i) convert(points[i], target + i * stride);
     } else {
       Out converted[tile_size];
       PACD_LANES for (int i = 0; i < length; ++i) convert(points[i], converted + i);
