@@ -141,6 +141,20 @@ def test_cells_have_the_masses_of_a_gaussian(sigma):
         assert selftest.lattice_p_value(sigma, STEP, offset, pixel, 4_000_000, seed=3) > 1e-6
 
 
+def test_the_peer_has_that_law_too():
+    """Voracek and Hein's sampler, the benchmark's peer."""
+    table = reference.threshold_table(0.12)
+    y, voids = reference.threshold_copies(torch.full((1, 1000), 77 / 255), table, 1000)
+    cells = (y / STEP).round().long().flatten()
+    counts = np.concatenate([[int(cells.min())], torch.bincount(cells - cells.min()).numpy()])
+    assert selftest.lattice_p_value(0.12, STEP, 0.0, 77 / 255, 0, seed=0, counts=counts) > 1e-6
+    assert not voids.any() and 2**60 - 600 < int(table[-1]) < 2**60
+    torch.manual_seed(0)
+    one = reference.threshold_copies(torch.zeros(1, 50), table, 20, one_by_one=True)[0]
+    torch.manual_seed(0)
+    assert torch.equal(one, reference.threshold_copies(torch.zeros(1, 50), table, 20)[0])
+
+
 def test_a_little_off_is_noticed():
     """The chi-square sees a sigma that is 1 % too large, and a pixel that is a twentieth of a step away."""
     for sigma, right in ((0.505, (0.5, STEP, 0.0, 0.3)), (0.01, (0.01, STEP, 0.0, 0.3 + STEP / 20))):
@@ -255,7 +269,9 @@ def test_the_step_that_suits_a_sigma():
     assert ops.lattice_step(3.99 * STEP) == STEP / 2 and ops.lattice_step(1e-3) == STEP / 16
     assert ops.lattice_step(0.3, 1.0) == 1 / 16
     for sigma in (1.0, 0.01, 1e-3, 1e-6, 1e-30):
-        assert ops.lattice_step(sigma) == reference.lattice_step(sigma) <= sigma / 4
+        halved = np.log2(STEP / ops.lattice_step(sigma))
+        assert halved == int(halved) >= 0 and ops.lattice_step(sigma) <= sigma / 4
+        assert halved == 0 or ops.lattice_step(sigma) > sigma / 8  # the smallest power of two
 
 
 def test_images_that_are_not_on_the_claimed_lattice():

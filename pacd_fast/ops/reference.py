@@ -174,9 +174,33 @@ def lattice_copies(
     return y, torch.zeros(len(y), dtype=torch.bool)
 
 
-def lattice_step(sigma, step=1 / 255):
-    """`pacd_fast.ops.lattice_step`."""
-    return next(step / 2**k for k in range(1100) if sigma >= 4 * step / 2**k)
+def threshold_table(sigma: float, step: float = 1 / 255) -> Tensor:
+    """int64 [cells]: the masses of the cells of rounded Gaussian noise in units of 2^-60, added up.
+
+    The cells of 6 sigma and one more unit of x either way, each mass rounded down; the rest is what is void.
+    """
+    reach = round((max(1, int(6 * sigma)) + 1) / step)
+    with mpmath.workdps(40):
+        ends = [mpmath.ncdf((i - mpmath.mpf(1) / 2) * step / sigma) for i in range(-reach, 1)]
+        half = [int(mpmath.floor((b - a) * 2**60)) for a, b in zip(ends, ends[1:], strict=False)]  # below the middle
+        middle = int(mpmath.floor((1 - 2 * ends[-1]) * 2**60))
+    return torch.tensor([*half, middle, *reversed(half)]).cumsum(0)
+
+
+def threshold_copies(x: Tensor, table: Tensor, copies: int, step: float = 1 / 255, *, one_by_one: bool = False):
+    """Lattice noise by 60-bit integers against thresholds, for x on the lattice: the sampler of Voracek and Hein 2023.
+
+    one_by_one: a comparison with every threshold, as in their code; else a binary search.  Returns copies and voids.
+    """
+    u = torch.randint(0, 2**60, (len(x) * copies, *x.shape[1:]))
+    if one_by_one:
+        cells = torch.zeros(u.shape)
+        for threshold in table.tolist():
+            cells += u >= threshold
+    else:
+        cells = torch.searchsorted(table, u, right=True)
+    voids = (u >= table[-1]).flatten(1).any(1)
+    return (x.repeat_interleave(copies, 0) / step + (cells - len(table) // 2)).round() * step, voids
 
 
 def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
