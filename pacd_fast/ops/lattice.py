@@ -34,43 +34,53 @@ def lattice_step(sigma: float, step: float = STEP) -> float:
     return step
 
 
-def _numbers(values: float | Sequence[float] | Tensor, name: str, x: Tensor) -> Tensor:
-    """float64 on x's device, one number or one per channel."""
-    tensor = torch.as_tensor(values, dtype=torch.float64, device=x.device).flatten()
+def _numbers(values: float | Sequence[float] | Tensor, name: str, x: Tensor) -> list[float] | Tensor:
+    """One number, or one per channel: a list, or where looking at them would cost a wait or a graph break, a tensor."""
+    if not isinstance(values, Tensor):
+        values = list(values) if isinstance(values, Sequence) else [values]
+    elif values.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = values.flatten().tolist()
+    else:
+        values = values.flatten().to(x.device, torch.float64)
     require(
-        tensor.numel() == 1 or (x.dim() >= 2 and tensor.numel() == x.shape[1]),
+        len(values) == 1 or (x.dim() >= 2 and len(values) == x.shape[1]),
         lambda: f"{name} must be a number, or one per channel of x {tuple(x.shape)}",
     )
-    return tensor
+    return values
 
 
 def _lattice(
     x: Tensor, step: float | Sequence[float] | Tensor, offset: float | Sequence[float] | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Step and offset as float64 tensors of one size."""
+    """Step and offset as float64 tensors of one size on x's device."""
     steps, offsets = _numbers(step, "step", x), _numbers(0.0 if offset is None else offset, "offset", x)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = [each for each in steps.tolist() if not 2.0**-100 < each < 2.0**100]
+    if isinstance(steps, list):
+        bad = [each for each in steps if not 2.0**-100 < each < 2.0**100]
         require(not bad, lambda: f"step must be positive (above 2^-100 and below 2^100), not {bad[0]}")
-        odd = [each for each in offsets.tolist() if not math.isfinite(each)]
+    if isinstance(offsets, list):
+        odd = [each for each in offsets if not math.isfinite(each)]
         require(not odd, lambda: f"offset must be finite, not {odd[0]}")
-    steps, offsets = torch.broadcast_tensors(steps, offsets)
-    return steps.contiguous(), offsets.contiguous()
+    tensors = [
+        torch.tensor(values, dtype=torch.float64, device=x.device) if isinstance(values, list) else values
+        for values in (steps, offsets)
+    ]
+    if len(steps) != len(offsets):
+        tensors = [each.contiguous() for each in torch.broadcast_tensors(*tensors)]
+    return tensors[0], tensors[1]
 
 
 def _require_range(x: Tensor, sigma: float, steps: Tensor, offsets: Tensor) -> None:
-    rows = x.reshape(x.shape[0], len(steps), -1).movedim(1, 0).flatten(1)
-    low, high = (end.double() for end in rows.aminmax(dim=1))
-    reach = torch.maximum((high - offsets).abs(), (low - offsets).abs()) / steps
-    spread = 7 * sigma / steps
-    worst = int((reach + spread).argmax())  # that of a NaN, where there is one
-    require(
-        float(reach[worst] + spread[worst]) < LIMIT,
-        lambda: (
-            f"|x - offset| / step + 7 sigma / step must be below 2^22 = {LIMIT:.0f}, "
-            f"not {float(reach[worst]):.6g} + {float(spread[worst]):.6g}: give a larger step (or finite images)"
-        ),
-    )
+    rows = x.unsqueeze(0) if len(steps) == 1 else x.movedim(1, 0).flatten(1).unbind()
+    for row, step, offset in zip(rows, steps.tolist(), offsets.tolist(), strict=True):
+        low, high = torch.aminmax(row)
+        reach, spread = max(abs(float(low) - offset), abs(float(high) - offset)) / step, 7 * sigma / step
+        require(
+            reach + spread < LIMIT,
+            lambda reach=reach, spread=spread: (  # type: ignore[misc]
+                f"|x - offset| / step + 7 sigma / step must be below 2^22 = {LIMIT:.0f}, "
+                f"not {reach:.6g} + {spread:.6g}: give a larger step (or finite images)"
+            ),
+        )
 
 
 def require_on_lattice(
