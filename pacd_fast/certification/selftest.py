@@ -124,54 +124,44 @@ def noise_checks(draws: int, seed: int) -> Iterator[Check]:
         yield _score(f"correlation of {name}", total / math.sqrt(pair_counts[name]))
 
 
-def cell_counts(sigma: float, step: float, offset: float, pixel: float, draws: int, seed: int) -> np.ndarray:
-    """How often lattice noise on one pixel fell into each cell: int64 [cells], and the number of the first in [0]."""
-    side = 4096
-    found: np.ndarray = np.zeros(0, np.int64)
-    for first in range(0, -(-draws // side), 256):
-        count = min(256, -(-draws // side) - first)
+def cell_counts(
+    sigma: float, step: float, offset: float, pixel: float, draws: int, seed: int
+) -> tuple[int, np.ndarray]:
+    """How often lattice noise on one pixel fell into each cell: the number of the first one, and int64 [cells]."""
+    a, side = (float(np.float32(pixel)) - offset) / step, 4096
+    reach = math.ceil(10 * sigma / step) + 1  # more than 64 digits reach
+    first = round(a) - reach
+    counts = np.zeros(2 * reach + 1, np.int64)
+    for sample in range(0, -(-draws // side), 256):
         y, voids = ops.lattice_copies(
-            torch.full((1, side), pixel), sigma, count, seed, step=step, offset=offset, first=first, stream=1
+            torch.full((1, side), pixel), sigma, 256, seed, step=step, offset=offset, first=sample, stream=1
         )
         if voids.any():
             raise RuntimeError("a cell was not decided, which happens once in 1e11")
-        cells = ((y.double() - offset) / step).round().long().flatten().numpy()
-        low = min(int(cells.min()), int(found[0])) if found.size else int(cells.min())
-        counts = np.bincount(cells - low)
-        if found.size:
-            shift = int(found[0]) - low
-            counts = np.pad(counts, (0, max(0, shift + found.size - 1 - counts.size)))
-            counts[shift : shift + found.size - 1] += found[1:]
-        found = np.concatenate([[low], counts])
-    return found
+        cells = ((y.double() - offset) / step).round().long().flatten()
+        counts += torch.bincount(cells - first, minlength=counts.size).numpy()
+    return first, counts
 
 
-def lattice_p_value(
-    sigma: float, step: float, offset: float, pixel: float, draws: int, seed: int, counts: np.ndarray | None = None
-) -> float:
-    """Chi-square of the cells of lattice noise around one pixel against the exact masses of a Gaussian."""
-    found = cell_counts(sigma, step, offset, pixel, draws, seed) if counts is None else counts
-    low, seen = int(found[0]), found[1:]
+def lattice_p_value(first: int, counts: np.ndarray, sigma: float, step: float, offset: float, pixel: float) -> float:
+    """Chi-square of `cell_counts` against the exact masses of a Gaussian; cells that expect below 20 draws together."""
     a, s = (float(np.float32(pixel)) - offset) / step, float(np.float32(sigma)) / step
-    ends = (np.arange(low, low + seen.size + 1) - 0.5 - a) / s
-    ends[[0, -1]] = -np.inf, np.inf  # the outermost cells stand for all beyond them
-    expected = np.diff(stats.norm.cdf(ends)) * seen.sum()
-    inside = np.flatnonzero(expected >= 20)
-    first, last = inside[0], inside[-1] + 1
-    groups = [slice(0, first + 1), *(slice(i, i + 1) for i in range(first + 1, last - 1)), slice(last - 1, seen.size)]
-    if len(groups) < 3:  # nearly all draws in one cell or two
-        groups = [slice(0, first + 1), slice(first + 1, seen.size)]
-    pairs = [(seen[g].sum(), expected[g].sum()) for g in groups if expected[g].sum() > 0]
-    return float(stats.chi2.sf(sum((o - e) ** 2 / e for o, e in pairs), len(pairs) - 1))
+    ends = (np.arange(first, first + counts.size + 1) - 0.5 - a) / s
+    ends[[0, -1]] = -np.inf, np.inf
+    expected = np.diff(stats.norm.cdf(ends)) * counts.sum()
+    rare = expected < 20
+    if expected[rare].sum() < 20:  # with the least of the others
+        rare[np.where(rare, np.inf, expected).argmin()] = True
+    seen, wanted = (np.append(v[~rare], v[rare].sum()) for v in (counts, expected))
+    return float(stats.chi2.sf(((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1))
 
 
 def lattice_checks(draws: int, seed: int) -> Iterator[Check]:
     """The law of lattice noise's cells, for sigma from a quarter of a step of 1/255 to 255 steps."""
     for sigma in (0.001, 0.01, 0.12, 0.5, 1.0):
-        p = lattice_p_value(sigma, 1 / 255, 0.0, 0.3, max(draws // 10, 100_000), seed)
-        yield Check(
-            "ok" if p > 5e-7 else "FAILED", f"lattice noise, chi-square of the cells, sigma {sigma:g}", f"p = {p:.3f}"
-        )
+        law = (sigma, 1 / 255, 0.0, 0.3)
+        p = lattice_p_value(*cell_counts(*law, max(draws // 10, 100_000), seed), *law)
+        yield Check("ok" if p > 5e-7 else "FAILED", f"lattice noise of sigma {sigma:g}, chi-square", f"p = {p:.3f}")
 
 
 def write_bits(out: BinaryIO, seed: int = 20261120) -> None:
