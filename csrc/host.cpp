@@ -17,6 +17,7 @@
 
 #include "flips.h"
 #include "kernels.h"
+#include "sequential_bindings.h"
 #include "soft.h"
 
 namespace py = pybind11;
@@ -251,4 +252,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_freed_memory", &keep_freed_memory,
         "Tells the C library's malloc to keep freed memory for this process; False where it is not glibc.");
   m.def("build_info", &build_info, "Versions, compilers and the SIMD level in use.");
+  bind_sequential(m);
 }
