@@ -88,7 +88,8 @@ class SequentialPlanner {
     if (waiting_.empty()) throw std::invalid_argument("there is no plan to report");
     const std::vector<Interval>& intervals = waiting_.front();
     if (slots != static_cast<int64_t>(intervals.size()))
-      throw std::invalid_argument("votes have " + std::to_string(slots) + " rows, the plan completed " + std::to_string(intervals.size()) + " slots");
+      throw std::invalid_argument("votes have " + std::to_string(slots) + " rows, the oldest plan completed " +
+                                  std::to_string(intervals.size()) + " slots");
     for (size_t i = 0; i < intervals.size(); ++i) {
       const int64_t* row = votes + static_cast<int64_t>(i) * classes_;
       const int64_t none = voids == nullptr ? 0 : voids[i];
@@ -97,8 +98,7 @@ class SequentialPlanner {
       int64_t sum = none;
       for (int64_t c = 0; c < classes_; ++c) sum += row[c];
       if (sum != intervals[i].count)
-        throw std::invalid_argument("the model returned NaN for " + std::to_string(intervals[i].count - sum) + " of " +
-                                    std::to_string(intervals[i].count) + " noisy copies of image " + std::to_string(ids_[static_cast<size_t>(intervals[i].image)]));
+        throw no_vote(intervals[i], sum);
       take(at->second, row, none);
     }
     waiting_.pop_front();
@@ -124,6 +124,12 @@ class SequentialPlanner {
     int64_t planned = 0, reported = 0;  // intervals
     Progress progress;
   };
+
+  std::invalid_argument no_vote(const Interval& interval, int64_t votes) const {
+    return std::invalid_argument("the model returned NaN for " + std::to_string(interval.count - votes) + " of " +
+                                 std::to_string(interval.count) + " noisy copies of image " +
+                                 std::to_string(ids_[static_cast<size_t>(interval.image)]));
+  }
 
   int64_t intervals() const { return static_cast<int64_t>(rule_->looks().size()) + 1; }
   int64_t begin(int64_t index) const { return index < 2 ? 0 : rule_->looks()[static_cast<size_t>(index - 2)]; }

@@ -101,16 +101,29 @@ inline void bind_sequential(py::module_& m) {
         "(accept, give_up), int64 [K] each: with at least accept[k] hits look k accepts \"the probability is above p\", wrong\n"
         "with probability at most alpha over all looks; with at most give_up[k] hits it gives up, which at most a share beta\n"
         "of the runs that the last look would accept do. accept[k] is looks[k] + 1 where no look can accept yet.");
-  m.def("give_up_boundary", [](const std::vector<int64_t>& looks, int64_t most, double beta) { return as_array(give_up_boundary(looks, most, beta)); },
-        py::arg("looks"), py::arg("most"), py::arg("beta"),
+  m.def("give_up_boundary", [](const std::vector<int64_t>& looks, int64_t most, double beta) {
+          return as_array(give_up_boundary(looks, most, beta));
+        }, py::arg("looks"), py::arg("most"), py::arg("beta"),
         "The fewest misses at each look, int64 [K], that give up on at most `most` misses at the end: with probability at\n"
         "most beta a run that would end so is given up at any look.");
   m.def("radius_target", &radius_target, py::arg("sigma"), py::arg("radius"),
         "The smallest double p >= 1/2 whose radius sigma * Phi^-1(p), rounded down, is at least `radius`; 1 if there is none.");
-  m.def("two_sided_radius", py::vectorize([](double sigma, double p_lower, double q_upper) { return two_sided_radius(sigma, p_lower, q_upper); }),
-        py::arg("sigma"), py::arg("p_lower"), py::arg("q_upper"),
+  m.def("two_sided_radius", py::vectorize([](double sigma, double p_lower, double q_upper) {
+          return two_sided_radius(sigma, p_lower, q_upper);
+        }), py::arg("sigma"), py::arg("p_lower"), py::arg("q_upper"),
         "sigma / 2 (Phi^-1(p_lower) - Phi^-1(min(q_upper, 1 - p_lower))), rounded down, 0 where there is no lead; broadcasts.");
 
+  py::class_<Outcome>(m, "Outcome", "What an image ends with; counts are the votes of its first `counted` estimation samples.")
+      .def_readonly("prediction", &Outcome::prediction, "The class, -1 where it abstains.")
+      .def_readonly("selected", &Outcome::selected)
+      .def_readonly("radius", &Outcome::radius)
+      .def_readonly("p_lower", &Outcome::p_lower)
+      .def_readonly("rival_upper", &Outcome::rival_upper)
+      .def_readonly("samples", &Outcome::samples, "Estimation samples that the decision looked at.")
+      .def_readonly("counted", &Outcome::counted)
+      .def_readonly("voids", &Outcome::voids, "Void ones among the counted.")
+      .def_property_readonly("selection", [](const Outcome& outcome) { return as_array(outcome.selection); })
+      .def_property_readonly("counts", [](const Outcome& outcome) { return as_array(outcome.counts); });
   py::class_<Rule, std::shared_ptr<Rule>>(m, "Rule", "When an image is decided: a pure function of its votes up to each look.")
       .def_property_readonly("n0", &Rule::n0, "Selection samples an image.")
       .def_property_readonly("n", &Rule::n, "The most estimation samples an image.")
@@ -151,17 +164,6 @@ inline void bind_sequential(py::module_& m) {
   py::class_<SequentialPredict, Rule, std::shared_ptr<SequentialPredict>>(m, "SequentialPredict", "The class, or -1 to abstain.")
       .def(py::init<int64_t, int64_t, double, double>(), py::arg("n0"), py::arg("n"), py::arg("alpha"), py::arg("futility") = 1e-6);
 
-  py::class_<Outcome>(m, "Outcome", "What an image ends with; counts are the votes of its first `counted` estimation samples.")
-      .def_readonly("prediction", &Outcome::prediction, "The class, -1 where it abstains.")
-      .def_readonly("selected", &Outcome::selected)
-      .def_readonly("radius", &Outcome::radius)
-      .def_readonly("p_lower", &Outcome::p_lower)
-      .def_readonly("rival_upper", &Outcome::rival_upper)
-      .def_readonly("samples", &Outcome::samples, "Estimation samples that the decision looked at.")
-      .def_readonly("counted", &Outcome::counted)
-      .def_readonly("voids", &Outcome::voids, "Void ones among the counted.")
-      .def_property_readonly("selection", [](const Outcome& outcome) { return as_array(outcome.selection); })
-      .def_property_readonly("counts", [](const Outcome& outcome) { return as_array(outcome.counts); });
   py::class_<SequentialPlanner>(m, "SequentialPlanner", "Which samples to draw next when images stop at different times.")
       .def(py::init([](std::shared_ptr<Rule> rule, std::vector<int64_t> ids, int64_t classes) {
              return std::make_unique<SequentialPlanner>(std::move(rule), std::move(ids), classes);

@@ -135,7 +135,10 @@ class Rule {
 class FullCertificates : public Rule {
  public:
   FullCertificates(int64_t n0, int64_t n, double alpha, double sigma, int sides, double futility)
-      : Rule(n0, futility > 0.0 ? look_schedule(n, 32) : std::vector<int64_t>{n}, alpha), sigma_(sigma), sides_(sides), futility_(futility) {
+      : Rule(n0, futility > 0.0 ? look_schedule(n, 32) : std::vector<int64_t>{n}, alpha),
+        sigma_(sigma),
+        sides_(sides),
+        futility_(futility) {
     if (sides != 1 && sides != 2) throw std::invalid_argument("sides must be 1 or 2");
     if (!(sigma > 0.0 && std::isfinite(sigma))) throw std::invalid_argument("sigma must be positive and finite");
     if (!(futility >= 0.0 && futility < 1.0)) throw std::invalid_argument("futility must be in [0, 1)");
@@ -243,12 +246,17 @@ class SequentialRadii : public Rule {
     const bool grid = radii_.empty();
     if (grid && !(tolerance > 0.0)) throw std::invalid_argument("give radii or a positive tolerance");
     for (size_t i = 0; i < radii_.size(); ++i)
-      if (!(radii_[i] >= 0.0) || (i > 0 && !(radii_[i] > radii_[i - 1]))) throw std::invalid_argument("radii must not be negative and must rise");
+      if (!(radii_[i] >= 0.0 && (i == 0 || radii_[i] > radii_[i - 1])))
+        throw std::invalid_argument("radii must not be negative and must rise");
     const double level = sides == 1 ? alpha : 0.5 * alpha;
     const double step = (grid ? 0.25 * tolerance / sigma : kStep) * (1.0 + 0x1p-40);
     const double most = normal_quantile(clopper_pearson_lower(n, n, level), false);
-    if (!(most > 0.0)) throw std::invalid_argument("n = " + std::to_string(n) + " is too small to certify anything at alpha = " + std::to_string(alpha));
-    if ((most - kLeast) / step > 4096.0) throw std::invalid_argument("the tolerance is too small: at least " + std::to_string((most - kLeast) / 1024.0 * sigma) + " for this sigma, n and alpha");
+    if (!(most > 0.0))
+      throw std::invalid_argument("n = " + std::to_string(n) + " is too small to certify anything at alpha = " + std::to_string(alpha));
+    if ((most - kLeast) / step > 4096.0) {
+      const double least = (most - kLeast) / 1024.0 * sigma;
+      throw std::invalid_argument("tolerance must be at least " + std::to_string(least) + " at this sigma, n and alpha");
+    }
 
     std::vector<std::pair<Dd, Dd>> claims, rival_claims;
     const auto add = [&](double p, double z) {
@@ -305,7 +313,8 @@ class SequentialRadii : public Rule {
       outcome.p_lower = lower_[static_cast<size_t>(accepted - 1)];
       outcome.rival_upper = rival_accepted > 0 ? upper_[static_cast<size_t>(rival_accepted - 1)] : 1.0;
     }
-    const double reach = issued(radius(std::min(image.open, tests_[0].size()), sides_ == 2 ? std::min(image.rival_open, tests_[1].size()) : 0));
+    const int64_t open = std::min(image.open, tests_[0].size());
+    const double reach = issued(radius(open, sides_ == 2 ? std::min(image.rival_open, tests_[1].size()) : 0));
     // On a grid the radius may lie up to a step beyond the last claim that is still open.
     return reach <= (outcome.prediction < 0 ? -1.0 : outcome.radius) + (radii_.empty() ? 0.75 * tolerance_ : 0.0);
   }
@@ -315,7 +324,8 @@ class SequentialRadii : public Rule {
   std::invalid_argument too_large(double radius, double level) const {
     const double largest = product_down(sigma_, normal_quantile(clopper_pearson_lower(n(), n(), 0.5 * level), false));
     return std::invalid_argument("radius " + std::to_string(radius) + " cannot be certified with n = " + std::to_string(n()) +
-                                 ", alpha = " + std::to_string(alpha_) + ": radii up to " + std::to_string(std::max(0.0, largest)) + " can");
+                                 ", alpha = " + std::to_string(alpha_) + ": radii up to " +
+                                 std::to_string(std::max(0.0, largest)) + " can");
   }
 
   // The radius when the first `count` claims and rival claims hold; -1 where no lead follows.

@@ -69,7 +69,8 @@ struct MissLaw {
 inline MissLaw miss_law(int64_t m, Dd p, Dd q, double rare) {
   const double count = static_cast<double>(m), odds = q.hi / p.hi;
   const int64_t mode = std::min(m, static_cast<int64_t>(q.hi * (count + 1.0)));
-  const double at_mode = exp(log_binomial(m, mode) + Dd(static_cast<double>(mode)) * log(q) + Dd(static_cast<double>(m - mode)) * log(p)).hi;
+  const Dd from_q = Dd(static_cast<double>(mode)) * log(q), from_p = Dd(static_cast<double>(m - mode)) * log(p);
+  const double at_mode = exp(log_binomial(m, mode) + from_q + from_p).hi;
   std::vector<double> down;
   MissLaw law{mode, {}, 0.0, 0.0};
   double mass = at_mode;
