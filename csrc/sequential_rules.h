@@ -376,7 +376,7 @@ class SequentialPredict : public Rule {
       for (size_t c = 0; c < image.selection.size(); ++c)
         if (c != a) second = std::max(second, image.selection[c]);
       const BettingPrior prior{image.selection[a], image.selection[a] + second};
-      const bool bet = betting_reaches(ours, ours + theirs, 0.5, 0.5 * alpha_, prior);
+      const bool bet = possible(ours, theirs) && betting_reaches(ours, ours + theirs, 0.5, 0.5 * alpha_, prior);
       const bool last = k + 1 == looks_.size() && clopper_pearson_lower(ours, ours + theirs, 0.5 * alpha_) >= 0.5;
       if (bet || last) image.outcome.prediction = image.selected;
       return bet || last;
@@ -385,6 +385,12 @@ class SequentialPredict : public Rule {
   }
 
  private:
+  // No bet can have won more than the one that knew the outcome: a quick no, well clear of what any prior reaches.
+  bool possible(int64_t ours, int64_t theirs) const {
+    const double a = static_cast<double>(ours), b = static_cast<double>(theirs), s = a + b;
+    return a * std::log(2.0 * a / s) + (theirs > 0 ? b * std::log(2.0 * b / s) : 0.0) >= -std::log(0.5 * alpha_) - 1e-6;
+  }
+
   const double futility_;
 };
 
