@@ -46,8 +46,8 @@ class SequentialPlanner {
     if (classes < 2) throw std::invalid_argument("there must be at least 2 classes");
   }
 
-  // At most `rows` samples; fewer only where all that can still be of use is on its way.  Empty where done(), and where
-  // everything waits for report().
+  // At most `rows` samples; fewer only where all that can still be of use is on its way.  Every plan is to be reported, in
+  // order, also one without pieces; without pieces, nothing new will come before a report().
   Batch plan(int64_t rows) {
     if (rows < 1) throw std::invalid_argument("rows must be positive");
     Batch batch;
@@ -172,7 +172,6 @@ class SequentialPlanner {
   }
 
   Batch finish(Batch batch, std::vector<Interval> complete) {
-    if (batch.pieces.empty() && complete.empty()) return batch;
     for (const Interval& interval : complete) batch.complete.push_back(interval.slot);
     waiting_.push_back(std::move(complete));
     return batch;

@@ -93,10 +93,7 @@ inline void bind_sequential(py::module_& m) {
           return betting_reaches(hits, samples, p, alpha, {prior_hits, prior_samples});
         }, py::arg("hits"), py::arg("samples"), py::arg("p"), py::arg("alpha"), py::arg("prior_hits") = 0, py::arg("prior_samples") = 0,
         "Whether the bets against the probability p have surely won 1 / alpha.");
-  m.def("look_schedule", [](int64_t n, int64_t first) {
-          if (n < 1 || n >= (int64_t{1} << 31) || first < 1) throw py::value_error("n must be in [1, 2^31) and first positive");
-          return as_array(look_schedule(n, first));
-        }, py::arg("n"), py::arg("first") = 32, "The sample counts, int64 [K], at which sequential rules look; the last is n.");
+  m.def("look_schedule", [](int64_t n, int64_t first) { return as_array(look_schedule(n, first)); }, py::arg("n"), py::arg("first") = 32, "The sample counts, int64 [K], at which sequential rules look; the last is n.");
   m.def("sequential_boundaries", &sequential_boundaries, py::arg("looks"), py::arg("alpha"), py::arg("p"), py::arg("beta") = 0.05,
         "(accept, give_up), int64 [K] each: with at least accept[k] hits look k accepts \"the probability is above p\", wrong\n"
         "with probability at most alpha over all looks; with at most give_up[k] hits it gives up, which at most a share beta\n"
@@ -176,14 +173,16 @@ inline void bind_sequential(py::module_& m) {
                for (const int64_t value : {piece.image, piece.stream, piece.first, piece.count, piece.slot}) *out++ = value;
              return py::make_tuple(pieces, as_array(batch.complete));
            }, py::arg("rows"),
-           "(pieces int64 [m, 5] of (image, stream, first sample, count, slot), slots that are complete after them). Copy and\n"
-           "zero the complete slots behind the batch; report their votes later, plans in order. No pieces and no slots: all is\n"
-           "done, or waits for report().")
+           "(pieces int64 [m, 5] of (image, stream, first sample, count, slot), int64 slots that are complete after them): at\n"
+           "most `rows` samples. Copy and zero the complete slots behind the batch, and report every plan later, in order, also\n"
+           "one without pieces; without pieces, nothing new will come before a report.")
       .def("report", [](SequentialPlanner& planner, const Integers& votes, const std::optional<Integers>& voids) {
              if (votes.ndim() != 2 || votes.shape(1) != planner.classes()) throw py::value_error("votes must be [slots, classes]");
              if (voids && (voids->ndim() != 1 || voids->shape(0) != votes.shape(0))) throw py::value_error("voids must be [slots]");
              planner.report(votes.data(), voids ? voids->data() : nullptr, votes.shape(0));
-           }, py::arg("votes"), py::arg("voids") = std::nullopt)
+           }, py::arg("votes"), py::arg("voids") = std::nullopt,
+           "The votes int64 [slots, classes] of the oldest plan not yet reported, a row for each slot that it completed, and how\n"
+           "many samples of each were void [slots]. ValueError where samples have no vote (NaN logits), naming the image.")
       .def("finished", &SequentialPlanner::finished, "[(image, Outcome)] decided since the last call.")
       .def_property_readonly("done", &SequentialPlanner::done)
       .def_property_readonly("in_flight", &SequentialPlanner::in_flight, "Images that are started and not decided.")

@@ -135,7 +135,7 @@ class Rule {
 class FullCertificates : public Rule {
  public:
   FullCertificates(int64_t n0, int64_t n, double alpha, double sigma, int sides, double futility)
-      : Rule(n0, futility > 0.0 ? look_schedule(n, 32) : std::vector<int64_t>{n}, alpha),
+      : Rule(n0, look_schedule(n, futility > 0.0 ? 32 : std::max<int64_t>(n, 1)), alpha),
         sigma_(sigma),
         sides_(sides),
         futility_(futility) {
@@ -227,7 +227,7 @@ class Tests {
 
 // The largest of `radii` that is certified, or, where there are none, the radius within `tolerance`.
 //
-// sides = 1: one test for each radius at level alpha (for each step of tolerance / 4), see group_sequential.h for why the
+// sides = 1: one test for each radius at level alpha (for each step of tolerance / 8), see group_sequential.h for why the
 // largest accepted one errs with probability at most alpha.  sides = 2: tests of A's probability on a grid of Phi^-1 at
 // level alpha / 2, tests of the rivals' likewise; what has been accepted at a look makes p_lower and rival_upper, each of
 // them wrong at any look with probability at most alpha / 2.  The count of the most frequent rival decides: a claim that
@@ -237,24 +237,25 @@ class Tests {
 // runs that it would accept at n.
 class SequentialRadii : public Rule {
  public:
-  static constexpr double kGiveUp = 0.05, kStep = 0.01, kLeast = -2.0;
+  static constexpr double kGiveUp = 0.05, kStep = 0.01, kLeast = -2.0, kSteps = 8.0;
 
   SequentialRadii(int64_t n0, int64_t n, double alpha, double sigma, std::vector<double> radii, double tolerance, int sides)
       : Rule(n0, look_schedule(n, 32), alpha), sigma_(sigma), radii_(std::move(radii)), tolerance_(tolerance), sides_(sides) {
     if (sides != 1 && sides != 2) throw std::invalid_argument("sides must be 1 or 2");
     if (!(sigma > 0.0 && std::isfinite(sigma))) throw std::invalid_argument("sigma must be positive and finite");
+    if (!(alpha <= 0.5)) throw std::invalid_argument("alpha must be at most 1/2 to stop early");
     const bool grid = radii_.empty();
     if (grid && !(tolerance > 0.0)) throw std::invalid_argument("give radii or a positive tolerance");
     for (size_t i = 0; i < radii_.size(); ++i)
       if (!(radii_[i] >= 0.0 && (i == 0 || radii_[i] > radii_[i - 1])))
         throw std::invalid_argument("radii must not be negative and must rise");
     const double level = sides == 1 ? alpha : 0.5 * alpha;
-    const double step = (grid ? 0.25 * tolerance / sigma : kStep) * (1.0 + 0x1p-40);
+    const double step = (grid ? tolerance / (kSteps * sigma) : kStep) * (1.0 + 0x1p-40);
     const double most = normal_quantile(clopper_pearson_lower(n, n, level), false);
     if (!(most > 0.0))
       throw std::invalid_argument("n = " + std::to_string(n) + " is too small to certify anything at alpha = " + std::to_string(alpha));
     if ((most - kLeast) / step > 4096.0) {
-      const double least = (most - kLeast) / 1024.0 * sigma;
+      const double least = (most - kLeast) * kSteps / 4096.0 * sigma;
       throw std::invalid_argument("tolerance must be at least " + std::to_string(least) + " at this sigma, n and alpha");
     }
 
@@ -316,7 +317,7 @@ class SequentialRadii : public Rule {
     const int64_t open = std::min(image.open, tests_[0].size());
     const double reach = issued(radius(open, sides_ == 2 ? std::min(image.rival_open, tests_[1].size()) : 0));
     // On a grid the radius may lie up to a step beyond the last claim that is still open.
-    return reach <= (outcome.prediction < 0 ? -1.0 : outcome.radius) + (radii_.empty() ? 0.75 * tolerance_ : 0.0);
+    return reach <= (outcome.prediction < 0 ? -1.0 : outcome.radius) + (radii_.empty() ? (1.0 - 1.0 / kSteps) * tolerance_ : 0.0);
   }
 
  private:

@@ -272,10 +272,9 @@ def run(rule, votes: Votes, rows: int, lag: int) -> tuple[dict, list[int], objec
             samples = {(image, stream, s) for s in range(first, first + count)}
             assert not samples & seen and first + count <= (rule.n0, rule.n)[stream]
             seen |= samples
-        if len(pieces) or len(complete):
-            sizes.append(int(pieces[:, 3].sum()))
-            queue.append(table[complete].copy())
-            table[complete] = 0
+        sizes.append(int(pieces[:, 3].sum()))
+        queue.append(table[complete].copy())
+        table[complete] = 0
         while queue and (len(queue) > lag or not len(pieces)):
             planner.report(queue.popleft())
         for image, outcome in planner.finished():
@@ -312,7 +311,7 @@ def test_outcomes_do_not_depend_on_batches(mode, rows, lag):
         for name in ("prediction", "radius", "p_lower", "rival_upper"):
             assert getattr(again, name) == getattr(outcome, name)
     # Full batches, until all is on its way.
-    assert all(size == rows for size in sizes[: -lag - 2])
+    assert all(size == rows for size in sizes[: -lag - 3])
 
 
 def test_samples_in_vain_are_few():
@@ -352,12 +351,15 @@ def test_the_planner_says_what_is_wrong():
             10, 100, 0.1, 1.0, radii=[0.5, 3.0]
         ),
         "give radii or a positive tolerance": lambda: _C.SequentialRadii(10, 100, 0.1, 1.0),
-        "tolerance must be at least 0.003": lambda: _C.SequentialRadii(10, 100, 0.1, 1.0, tolerance=0.001),
+        "tolerance must be at least 0.007": lambda: _C.SequentialRadii(10, 100, 0.1, 1.0, tolerance=0.001),
         "too small to certify anything": lambda: _C.SequentialRadii(10, 3, 0.1, 1.0, radii=[0.0]),
         "sides must be 1 or 2": lambda: _C.FullCertificates(10, 100, 0.1, 1.0, sides=3),
         "futility must be in": lambda: _C.FullCertificates(10, 100, 0.1, 1.0, futility=1.0),
         "sigma must be positive": lambda: _C.FullCertificates(10, 100, 0.1, 0.0),
         "n0 must be positive": lambda: _C.SequentialPredict(0, 100, 0.1),
+        "alpha must be at most 1/2": lambda: _C.SequentialRadii(10, 100, 0.6, 1.0, radii=[0.0]),
+        "n must be in": lambda: _C.FullCertificates(10, 0, 0.1, 1.0),
+        "n must be in ": lambda: _C.SequentialPredict(10, 2**31, 0.1),
         "alpha must be in": lambda: _C.SequentialPredict(10, 100, 0.0),
     }.items(),
 )

@@ -41,6 +41,7 @@ namespace pacd {
 
 // first, then an eighth more at each look (at least one), and n.  A look in the last sixteenth before n is left out.
 inline std::vector<int64_t> look_schedule(int64_t n, int64_t first) {
+  if (n < 1 || n >= (int64_t{1} << 31) || first < 1) throw std::invalid_argument("n must be in [1, 2^31) and first positive");
   std::vector<int64_t> looks;
   for (int64_t t = first; t < n - n / 16; t += std::max<int64_t>(1, t / 8)) looks.push_back(t);
   looks.push_back(n);
