@@ -13,6 +13,7 @@ NAMES = (
     "bench_training",
     "bench_pacd",
     "bench_metapoison",
+    "bench_sequential",
 )
 
 if __name__ == "__main__":

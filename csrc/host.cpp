@@ -16,6 +16,7 @@
 #include "kernels/lattice.h"
 #include "math/lattice_errors.h"
 #include "math/normal.h"
+#include "certification/bindings.h"
 
 namespace py = pybind11;
 
@@ -280,4 +281,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_freed_memory", &keep_freed_memory,
         "Tells the C library's malloc to keep freed memory for this process; False where it is not glibc.");
   m.def("build_info", &build_info, "Versions, compilers and the SIMD level in use.");
+  bind_sequential(m);
 }
