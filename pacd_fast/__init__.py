@@ -6,7 +6,7 @@ __version__ = version("pacd_fast")
 
 from pacd_fast import ops
 from pacd_fast.certify import Certificate, Certificates, Smooth, certify, certify_each, largest_radius, smallest_n
-from pacd_fast.labelflip import FlipCertificates, LabelFlipCertifier
+from pacd_fast.labelflips.certifier import FlipCertificates, LabelFlipCertifier
 from pacd_fast.smoothing import SmoothingCertificate, randomized_smoothing_certificate
 from pacd_fast.soft import SoftCertificates, soft_certify
 

@@ -21,8 +21,6 @@ from pacd_fast import (
     checkpoints,
     datasets,
     evaluate,
-    flip_experiments,
-    flip_results,
     models,
     plots,
     presets,
@@ -33,6 +31,8 @@ from pacd_fast import (
     victims,
 )
 from pacd_fast.certify import certify_each, check_arguments
+from pacd_fast.labelflips import problems
+from pacd_fast.labelflips import results as flip_file
 from pacd_fast.poison import Poison
 from pacd_fast.presets import device_of
 
@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("files", nargs="+")
     merge.add_argument("--out", required=True)
 
-    flip_experiments.add_commands(command)
+    problems.add_commands(command)
     reproduce.add_commands(command("reproduce", run_reproduce, "a table or a figure of the papers, in one command"))
     command("info", run_info, "versions, SIMD level, threads, CUDA")
     selftest = command("selftest", run_selftest, "test the noise and the bounds on this machine")
@@ -423,7 +423,7 @@ def _named(files: Sequence[str]) -> dict[str, results.Results]:
 
 
 def run_summary(options: argparse.Namespace) -> None:
-    flips = all(flip_results.is_flip_file(path) for path in options.files)
+    flips = all(flip_file.is_flip_file(path) for path in options.files)
     if flips and (options.radii or options.target_class is not None or options.over_seeds):
         raise ValueError("--radii, --target-class and --over-seeds are not for files of label flips, but --flips is")
     if options.flips and not flips and all(Path(path).exists() for path in options.files):
@@ -431,7 +431,7 @@ def run_summary(options: argparse.Namespace) -> None:
     if options.json and options.over_seeds:
         raise ValueError("--over-seeds adds a column to the table: leave out --json")
     if flips:
-        flip_results.summarize(options.files, options.flips, options.json)
+        flip_file.summarize(options.files, options.flips, options.json)
         return
     read = _named(options.files)
     if options.json:
@@ -444,8 +444,8 @@ def run_summary(options: argparse.Namespace) -> None:
 
 
 def run_plot(options: argparse.Namespace) -> None:
-    if all(flip_results.is_flip_file(path) for path in options.files):
-        flip_results.draw(flip_results.read(options.files), options.out, options.title)
+    if all(flip_file.is_flip_file(path) for path in options.files):
+        flip_file.draw(flip_file.read(options.files), options.out, options.title)
         print(options.out)
         return
     plots.certified_accuracy(_named(options.files), options.out, options.title)

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
-from pacd_fast import flip_experiments, flip_results, metapoison_experiments, pacd_experiments, results, victims
+from pacd_fast import metapoison_experiments, pacd_experiments, results, victims
+from pacd_fast.labelflips import problems
+from pacd_fast.labelflips import results as flip_file
 from pacd_fast.losses import METHODS
 from pacd_fast.presets import Help, Main, Preset, add_row, chain, device_of, machine
 from pacd_fast.summary import mean_and_deviation, summarize
@@ -158,7 +160,7 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
     return Preset(text, add_arguments, run_clean)
 
 
-def _flips(name: str, experiment: flip_experiments.Experiment) -> Preset:
+def _flips(name: str, experiment: problems.Experiment) -> Preset:
     """Label-flip certificates (Rosenfeld et al. 2020, figures 1 to 4): a table, and a picture per certificate."""
 
     def add_arguments(sub: argparse.ArgumentParser) -> None:
@@ -168,10 +170,10 @@ def _flips(name: str, experiment: flip_experiments.Experiment) -> Preset:
 
     def run_flips(options: argparse.Namespace, main: Main) -> int:
         where = {"data_dir": options.data_dir, "download": options.download}
-        curves = flip_experiments.reproduce(name, options.work, seed=options.seed, **where)
-        print(flip_results.table(curves))
+        curves = problems.reproduce(name, options.work, seed=options.seed, **where)
+        print(flip_file.table(curves))
         here = {"seed": options.seed, "machine": machine(), "date": str(date.today())}
-        for row in map(flip_results.cells, curves):
+        for row in map(flip_file.cells, curves):
             add_row(options.results, "label flips, figures", ["data", "certificate", "q", "seed"], {**row, **here})
         return 0
 
@@ -195,6 +197,6 @@ PRESETS = {
     "clean-mnist": _clean("mnist", 8, "MNIST", _CLEAN_MNIST),
     "clean-cifar10": _clean("cifar10", 8, "CIFAR-10", _CLEAN_CIFAR10),
     **pacd_experiments.PRESETS,
-    **{name: _flips(name, experiment) for name, experiment in flip_experiments.EXPERIMENTS.items()},
+    **{name: _flips(name, experiment) for name, experiment in problems.EXPERIMENTS.items()},
     **{name: _metapoison(name, experiment) for name, experiment in metapoison_experiments.EXPERIMENTS.items()},
 }

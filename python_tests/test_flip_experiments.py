@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pacd_fast import flip_experiments
 from pacd_fast.__main__ import main
-from pacd_fast.flip_experiments import EXPERIMENTS, load_features, reproduce
-from pacd_fast.flip_results import COLUMNS, is_flip_file, read, table
-from pacd_fast.labelflip import CERTIFICATES
+from pacd_fast.labelflips import problems
+from pacd_fast.labelflips.certifier import CERTIFICATES
+from pacd_fast.labelflips.problems import EXPERIMENTS, load_features, reproduce
+from pacd_fast.labelflips.results import COLUMNS, is_flip_file, read, table
 
 
 @pytest.fixture
@@ -94,9 +94,9 @@ def test_two_digits_by_a_network_of_the_other_eight(mnist):
 
 def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        flip_experiments, "load_features", lambda *a, **k: load_features("mnist17", "pca", 5, data_dir=str(mnist))
+        problems, "load_features", lambda *a, **k: load_features("mnist17", "pca", 5, data_dir=str(mnist))
     )
-    small = flip_experiments.Experiment("mnist17", "network", 50, (0.1,), "MNIST 1/7", attack=2)
+    small = problems.Experiment("mnist17", "network", 50, (0.1,), "MNIST 1/7", attack=2)
     monkeypatch.setitem(EXPERIMENTS, "flips-mnist17", small)
     curves = reproduce("flips-mnist17", tmp_path / "out")
     text = table(curves)

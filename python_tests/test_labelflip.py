@@ -9,8 +9,8 @@ import torch
 from scipy.optimize import linprog
 
 from pacd_fast import _C, LabelFlipCertifier, ops
-from pacd_fast.flip_attacks import attack_logistic, attack_ridge, attack_smoothed, harmful_flips
-from pacd_fast.labelflip import CERTIFICATES, exact_flips, fast_ica, kl_flips, pca, random_convolutions
+from pacd_fast.labelflips.attacks import attack_logistic, attack_ridge, attack_smoothed, harmful_flips
+from pacd_fast.labelflips.certifier import CERTIFICATES, exact_flips, fast_ica, kl_flips, pca, random_convolutions
 
 U = 2.0**-53
 

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import norm
 
 from pacd_fast import LabelFlipCertifier, randomized_smoothing_certificate
-from pacd_fast.labelflip import exact_flips, kl_flips
+from pacd_fast.labelflips.certifier import exact_flips, kl_flips
 from pacd_fast.smoothing import discrete_guarantee, gaussian_guarantee, kl_guarantee
 
 

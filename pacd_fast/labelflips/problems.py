@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from pacd_fast import datasets
-from pacd_fast.flip_attacks import attack_logistic, attack_smoothed
-from pacd_fast.flip_features import fast_ica, network_features, pca, random_convolutions, train_feature_network
-from pacd_fast.flip_results import ATTACKED, UNDEFENDED, Curve, draw, read, table, write
-from pacd_fast.labelflip import CERTIFICATES, LabelFlipCertifier
+from pacd_fast.labelflips.attacks import attack_logistic, attack_smoothed
+from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
+from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
+from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, Curve, draw, read, table, write
 from pacd_fast.losses import at_least
 from pacd_fast.presets import device_of
 

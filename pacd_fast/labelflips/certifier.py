@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from pacd_fast import _C, ops
-from pacd_fast.flip_attacks import attack_logistic, attack_ridge, attack_smoothed
-from pacd_fast.flip_features import (
+from pacd_fast.labelflips.attacks import attack_logistic, attack_ridge, attack_smoothed
+from pacd_fast.labelflips.features import (
     Whitening,
     fast_ica,
     network_features,
