@@ -1,38 +1,55 @@
-"""Label-flip experiments for the command line: features, certificates and attacks on them, the paper's tables."""
+"""What data to certify: features and labels by name, and their certificates and attacks into a file."""
 
 from __future__ import annotations
 
-import argparse
-import time
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pacd_fast import datasets
-from pacd_fast.labelflips.attacks import attack_logistic, attack_smoothed
+from pacd_fast.arguments import at_least
+from pacd_fast.labelflips.attacks import LogisticAttack, attack_smoothed
 from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
-from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, Curve, draw, read, table, write
-from pacd_fast.losses import at_least
-from pacd_fast.presets import device_of
+from pacd_fast.labelflips.patches import kmeans_patches
+from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, FlipFile, Row, Run
 
-FEATURES = ("network", "ica", "pca", "random-conv", "pixels")
+__all__ = ["DIMENSIONS", "FEATURES", "FeatureData", "certify_data", "load_features"]
+
+DIMENSIONS = {"network": 50, "ica": 30, "kmeans": 3200, "pca": 30, "random-conv": 128, "pixels": None}
+FEATURES = tuple(DIMENSIONS)
 
 
 @dataclass(frozen=True)
 class FeatureData:
-    """Features float64 [n, k] and labels of a problem, and a name that says where they are from."""
+    """Features float [n, k] and labels of a problem, and a name that says where they are from."""
 
     name: str
     x_train: np.ndarray
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+
+    @functools.cached_property
+    def tag(self) -> str:
+        """name@fingerprint of features and labels."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array))
+        return f"{self.name}@{digest.hexdigest()[:12]}"
+
+    def save(self, path: str | Path) -> None:
+        """An .npz that `load_features` reads: X_train, y_train, X_test, y_test."""
+        with open(path, "wb") as file:
+            np.savez(file, X_train=self.x_train, y_train=self.y_train, X_test=self.x_test, y_test=self.y_test)
 
 
 def load_features(
@@ -49,8 +66,11 @@ def load_features(
 
     ``mnist17``: digits 1 and 7 (labels 0 and 1), by default 50 features of a network trained on the other eight digits.
     ``mnist``, ``cifar10``, ``mnist5k``, or an .npz of images: all classes; by default 30 independent components.  An
-    .npz with X_train, y_train, X_test, y_test: features as they are.  `features`: network (mnist17 only), ica, pca,
-    random-conv, pixels.
+    .npz with X_train, y_train, X_test, y_test: features as they are.
+
+    Args:
+        features: network (mnist17 only), ica, kmeans (of patches; the best here), pca, random-conv, pixels.
+        dim: how many; by default those of `DIMENSIONS`.
 
     Raises:
         ValueError, FileNotFoundError: one line that says what to do.
@@ -58,43 +78,52 @@ def load_features(
     if data.endswith(".npz") and (found := _npz_features(data, features)) is not None:
         return found
     pair = data == "mnist17"
-    source = datasets.load("mnist" if pair else data, data_dir=data_dir, download=download)
-    images = {"train": source.x_train, "test": source.x_test}
-    labels = {"train": source.y_train, "test": source.y_test}
     features = features or ("network" if pair else "ica")
-    dim = dim or (50 if pair else 30)
-    keep = {part: (y == 1) | (y == 7) if pair else torch.ones_like(y, dtype=torch.bool) for part, y in labels.items()}
-    chosen = {part: images[part][keep[part]] for part in images}
-    truth = {part: (labels[part][keep[part]] == 7).long() if pair else labels[part] for part in labels}
-    name = f"{data}-{features}{dim}"
-    if features == "network":
-        if not pair:
-            raise ValueError(
-                "network features are learnt from other classes, which only mnist17 has: "
-                "use --features ica, pca or random-conv"
-            )
-        network = train_feature_network(
-            datasets.as_float(images["train"][~keep["train"]]),
-            labels["train"][~keep["train"]],
-            dim=dim,
-            epochs=epochs,
-            seed=seed,
-        )
-        maps = {part: network_features(network, datasets.as_float(x)) for part, x in chosen.items()}
-    elif features in ("ica", "pca"):
-        flat = {part: datasets.as_float(x).flatten(1) for part, x in chosen.items()}
-        learn = fast_ica(flat["train"], dim, seed=seed) if features == "ica" else pca(flat["train"], dim)
-        maps = {part: learn(x) for part, x in flat.items()}
-    elif features == "random-conv":
-        fixed = random_convolutions(source.in_channels, 1024, seed=seed)
-        raw = {part: fixed(datasets.as_float(x)) for part, x in chosen.items()}
-        learn = pca(raw["train"], dim)
-        maps = {part: learn(x) for part, x in raw.items()}
-    elif features == "pixels":
-        maps = {part: datasets.as_float(x).flatten(1).double() for part, x in chosen.items()}
-    else:
+    if features not in FEATURES:
         raise ValueError(f"unknown features {features!r}: give {', '.join(FEATURES)}")
-    return FeatureData(name, maps["train"].numpy(), truth["train"].numpy(), maps["test"].numpy(), truth["test"].numpy())
+    if features == "network" and not pair:
+        raise ValueError(
+            "network features are learnt from other classes, which only mnist17 has: use --features kmeans, ica or pca"
+        )
+    dim = DIMENSIONS[features] if dim is None else dim
+    at_least("dim", dim or 1, 1)
+    source = datasets.load("mnist" if pair else data, data_dir=data_dir, download=download)
+    if not pair:
+        x_train, y_train, x_test, y_test = source.x_train, source.y_train, source.x_test, source.y_test
+    else:
+        chosen, chosen_test = ((y == 1) | (y == 7) for y in (source.y_train, source.y_test))
+        x_train, x_test = source.x_train[chosen], source.x_test[chosen_test]
+        y_train, y_test = (source.y_train[chosen] == 7).long(), (source.y_test[chosen_test] == 7).long()
+    train, test = datasets.as_float(x_train), datasets.as_float(x_test)
+    if features == "network":
+        others, labels = datasets.as_float(source.x_train[~chosen]), source.y_train[~chosen]
+        network = train_feature_network(others, labels, dim=dim or 1, epochs=epochs, seed=seed)
+        maps = network_features(network, train), network_features(network, test)
+    else:
+        maps = _unsupervised(features, train, test, dim or 1, seed)
+    name = f"{source.name if data.endswith('.npz') else data}-{features}{dim or ''}"
+    return FeatureData(name, maps[0].numpy(), y_train.numpy(), maps[1].numpy(), y_test.numpy())
+
+
+def _unsupervised(features: str, train: Tensor, test: Tensor, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features that are learnt from the training images alone, without labels, or not at all."""
+    if features == "kmeans":
+        if dim % 4:
+            raise ValueError(f"kmeans has four features for every centroid: dim must be a multiple of 4, not {dim}")
+        patches = kmeans_patches(train, dim // 4, seed=seed)
+        raw = patches(train)
+        deviation = raw.std(0)
+        deviation[deviation == 0] = 1.0
+        return raw.div_(deviation), patches(test).div_(deviation)
+    if features == "random-conv":
+        fixed = random_convolutions(train.shape[1], 1024, seed=seed)
+        train, test = fixed(train), fixed(test)
+    else:
+        train, test = train.flatten(1), test.flatten(1)
+    if features == "pixels":
+        return train.double(), test.double()
+    learnt = fast_ica(train, dim, seed=seed) if features == "ica" else pca(train, dim)
+    return learnt(train), learnt(test)
 
 
 def _npz_features(path: str, features: str | None) -> FeatureData | None:
@@ -120,222 +149,145 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
         if not whole or labels.ndim != 1 or (labels < 0).any():
             raise ValueError(f"{path}: {keys[i]} must be whole numbers, 0 and up, one per point")
         arrays[i] = labels.astype(np.int64)
-    if len(arrays[2]) != len(arrays[3]):
-        raise ValueError(f"{path}: X_test has {len(arrays[2])} points and y_test {len(arrays[3])}")
-    return FeatureData(Path(path).stem.replace("\t", " "), *arrays)
+        if len(arrays[i - 1]) != len(arrays[i]):
+            raise ValueError(f"{path}: {keys[i - 1]} has {len(arrays[i - 1])} points and {keys[i]} {len(arrays[i])}")
+    return FeatureData("".join(c if c.isprintable() and c not in '\t"' else "_" for c in Path(path).stem), *arrays)
 
 
 def certify_data(
     data: FeatureData,
-    qs: Sequence[float],
-    certificates: Sequence[str],
+    out: str | Path,
+    qs: Sequence[float] = (0.1,),
+    certificates: Sequence[str] = CERTIFICATES,
     *,
     l2: str | float = "auto",
+    freedom: float | None = None,
     intercept: bool = True,
+    points: int | None = None,
     attack: int = 0,
     seed: int = 0,
     memory_budget: int = 256 * 2**20,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: bool = False,
-) -> list[dict[str, Any]]:
-    """One row for every test point, q and certificate (``"ridge"`` has no q: once, as q = 0), in the order of COLUMNS.
+) -> int:
+    """Writes a row for every test point, q and certificate (``"ridge"`` has no q: once, as q = 0) to the file `out`.
 
-    attack: so many random test points are attacked too.  Their rows have certificate ``"attacked"`` (the smoothed
-    classifier of that q) and ``"undefended"`` (logistic regression, two classes only), and the most flips for which the
-    attack did not succeed: upper bounds, not certificates.
+    Rows are written as they are done; rows that are in the file, of an earlier call that was killed or asked for less,
+    are not computed again.
+
+    Args:
+        points: certify the first so many test points, by default all.
+        attack: attack so many random points of these as well.  Their rows have certificate ``"attacked"`` (the
+            smoothed classifier of that q) and ``"undefended"`` (logistic regression, two classes only), and the most
+            flips for which the attack did not succeed: upper bounds, not certificates.
+        seed: of the choice of attacked points.
+
+    Returns:
+        How many rows were in the file already.
+
+    Raises:
+        ValueError, FileNotFoundError: see `FlipFile` and `LabelFlipCertifier`.
     """
-    majority = int(np.bincount(data.y_train).argmax())
-    shared = {
-        "classes": int(data.y_train.max()) + 1,
-        "n": len(data.y_train),
-        "constant": float(np.mean(data.y_test == majority)),
-        "data": data.name,
-    }
-    rows: list[dict[str, Any]] = []
-
-    def add(
-        name: str,
-        q: float,
-        l2_used: float,
-        index: np.ndarray,
-        prediction: np.ndarray,
-        flips: np.ndarray,
-        tail: np.ndarray,
-    ) -> None:
-        for i, p, r, t in zip(index, prediction, flips, tail, strict=True):
-            label = int(data.y_test[i])
-            rows.append(
-                {
-                    "idx": int(i),
-                    "label": label,
-                    "predict": int(p),
-                    "correct": int(p == label),
-                    "flips": int(r),
-                    "log_tail": repr(float(t)),
-                    "certificate": name,
-                    "q": repr(float(q)),
-                    "l2": repr(l2_used),
-                    **shared,
-                }
-            )
-
-    everything = np.arange(len(data.y_test))
-    x_train, x_test = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (data.x_train, data.x_test))
+    x_train, x_test = (torch.as_tensor(x, device=device) for x in (data.x_train, data.x_test))
     y_train = torch.as_tensor(data.y_train, device=device)
-    chosen = np.random.default_rng(seed).permutation(everything)[:attack]
-    bar = tqdm(total=len(qs) * (1 + len(chosen)), unit="step", desc="label flips", disable=not progress, delay=1)
-    for k, q in enumerate(qs):
-        certifier = LabelFlipCertifier(q, l2, intercept=intercept, memory_budget=memory_budget).fit(x_train, y_train)
-        wanted = [name for name in certificates if name != "ridge" or k == len(qs) - 1]
-        for name, found in certifier.certify_all(x_test, wanted).items():
-            parts = (v.cpu().numpy() for v in (found.prediction, found.flips, found.log_tail))
-            add(name, 0.0 if name == "ridge" else q, certifier.l2_, everything, *parts)
-        unbroken: list[int] = []
-        for i in chosen:
-            alpha = certifier.influences(x_test[i : i + 1])[0]
-            attacked = attack_smoothed(alpha, y_train, q, certifier.classes_)
-            unbroken.append(len(y_train) if attacked is None else int((attacked != data.y_train).sum()) - 1)
-            bar.update()
-        prediction = certifier.predict(x_test[torch.as_tensor(chosen)]).cpu().numpy()
-        add(
-            ATTACKED,
-            q,
-            certifier.l2_,
-            chosen,
-            prediction,
-            np.array(unbroken, dtype=np.int64),
-            np.full(len(chosen), np.nan),
-        )
-        bar.update()
+    first = LabelFlipCertifier(qs[0], l2, intercept=intercept, memory_budget=memory_budget, freedom=freedom).fit(
+        x_train, y_train
+    )
+    if len(data.y_test) and data.y_test.max() >= first.classes_:
+        raise ValueError(f"a test label is {data.y_test.max()}, but training labels end at {first.classes_ - 1}")
+    certifiers = [first]
+    for q in qs[1:]:
+        again = l2 == "paper"  # which depends on q
+        certifiers.append(_with(first, q).fit(x_train, y_train) if again else first.with_noise(q))
+    majority = int(np.bincount(data.y_train).argmax())
+    run = Run(first.classes_, len(data.y_train), majority, intercept, data.tag)
+    everything = np.arange(len(data.y_test))[:points]
+    chosen = np.random.RandomState(seed).permutation(everything)[:attack]
+    with FlipFile(out, run) as file:
+        before = len(file.done)
+        for certifier in certifiers:
+            for name in (*certificates, *([ATTACKED] if attack else [])):
+                if name != "ridge":
+                    file.same_l2(name, certifier.q, certifier.l2_, certifier.conditional_)
+        if "ridge" in certificates:
+            file.same_l2("ridge", 0.0, first.l2_, first.conditional_)
+        _certify(file, certifiers, certificates, x_test, data.y_test, everything, progress)
+        _attack(file, certifiers, x_train, y_train, x_test, data.y_test, chosen, progress)
+    return before
+
+
+def _with(certifier: LabelFlipCertifier, q: float) -> LabelFlipCertifier:
+    return LabelFlipCertifier(
+        q, certifier.l2, intercept=certifier.intercept, memory_budget=certifier.memory_budget, freedom=certifier.freedom
+    )
+
+
+def _certify(
+    file: FlipFile,
+    certifiers: Sequence[LabelFlipCertifier],
+    certificates: Sequence[str],
+    x_test: Tensor,
+    y_test: np.ndarray,
+    points: np.ndarray,
+    progress: bool,
+) -> None:
+    """The rows of certificates that are not in the file, tile by tile, influences computed once for all q."""
+    wanted = [
+        (certifier, name, 0.0 if name == "ridge" else float(certifier.q))
+        for certifier in certifiers
+        for name in certificates
+        if name != "ridge" or certifier is certifiers[0]
+    ]
+    todo = [i for i in points.tolist() if any((name, q, i) not in file.done for _, name, q in wanted)]
+    first = certifiers[0]
+    rows = max(1, min(first.memory_budget // (8 * file.run.n), 256))
+    bar = tqdm(total=len(todo), unit="point", desc="certify", disable=not progress or not todo, delay=1)
+    for begin in range(0, len(todo), rows):
+        index = todo[begin : begin + rows]
+        x = x_test[torch.tensor(index, device=x_test.device)]
+        alpha = first.influences(x)
+        for certifier in certifiers:
+            shared = alpha if certifier.l2_ == first.l2_ else None
+            names = [
+                name for c, name, q in wanted if c is certifier and any((name, q, i) not in file.done for i in index)
+            ]
+            for name, found in certifier.certify_all(x, names, shared).items() if names else ():
+                q = 0.0 if name == "ridge" else float(certifier.q)
+                values = (v.tolist() for v in (found.prediction, found.flips, found.log_tail))
+                file.append(
+                    Row(i, int(y_test[i]), predict, flips, tail, name, q, certifier.l2_, found.conditional)
+                    for i, predict, flips, tail in zip(index, *values, strict=True)
+                    if (name, q, i) not in file.done
+                )
+        bar.update(len(index))
     bar.close()
-    if attack and shared["classes"] == 2:
-        needed, prediction = attack_logistic(x_train, y_train, x_test[torch.as_tensor(chosen)])
-        survived = np.where(needed < 0, len(data.y_train), needed - 1)
-        add(UNDEFENDED, 0.0, 0.0, chosen, prediction, survived, np.full(len(chosen), np.nan))
-    return rows
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A figure of the paper: what to certify, and how."""
-
-    data: str
-    features: str
-    dim: int
-    qs: tuple[float, ...]
-    title: str
-    attack: int = 0
-    certificates: tuple[str, ...] = CERTIFICATES
-
-
-EXPERIMENTS = {
-    "flips-mnist17": Experiment("mnist17", "network", 50, (0.1, 0.3, 0.4, 0.45), "MNIST 1/7", attack=50),
-    "flips-mnist": Experiment("mnist", "ica", 30, (0.1, 0.3, 0.5), "MNIST, 10 classes", attack=50),
-    "flips-cifar10": Experiment(
-        "cifar10", "random-conv", 128, (0.05, 0.12), "CIFAR-10, random convolutions", attack=50
-    ),
-}
-
-
-def reproduce(
-    name: str, out: str | Path, *, data_dir: str | None = None, download: bool = False, seed: int = 0
-) -> list[Curve]:
-    """Runs an experiment, writes name.tsv, name.md and a picture per certificate into the folder `out`; its curves."""
-    experiment, folder = EXPERIMENTS[name], Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    data = load_features(
-        experiment.data, experiment.features, experiment.dim, data_dir=data_dir, download=download, seed=seed
-    )
-    print(
-        f"{data.name}: {len(data.x_train)} training and {len(data.x_test)} test points, "
-        f"features in {time.perf_counter() - began:.1f} s"
-    )
-    began = time.perf_counter()
-    rows = certify_data(data, experiment.qs, experiment.certificates, attack=experiment.attack, seed=seed)
-    print(f"{len(rows)} certificates in {time.perf_counter() - began:.1f} s")
-    write(rows, folder / f"{name}.tsv")
-    curves = read([folder / f"{name}.tsv"])
-    (folder / f"{name}.md").write_text(table(curves) + "\n", encoding="utf-8")
-    for certificate in ("exact", "whitebox"):
-        shown = [curve for curve in curves if curve.certificate in (certificate, "ridge", UNDEFENDED)]
-        draw(shown, folder / f"{name}-{certificate}.png", f"{experiment.title}: {certificate}")
-    return curves
-
-
-# The command line's part.
-
-
-def add_commands(command: Any) -> None:
-    """The command `labelflip`; command(name, run, text) gives a parser."""
-    sub: argparse.ArgumentParser = command(
-        "labelflip", run_labelflip, "certify predictions against flips of training labels"
-    )
-    sub.add_argument(
-        "--data",
-        default="mnist17",
-        help=f"mnist17, {', '.join(datasets.NAMES)}, or an .npz with X_train, y_train, X_test, y_test",
-    )
-    sub.add_argument("--data-dir", help="folder of mnist and cifar10 in torchvision's layout")
-    sub.add_argument("--download", action="store_true", help="fetch the data into --data-dir where it is missing")
-    sub.add_argument("--features", choices=FEATURES, help="by default network for mnist17, ica for other images")
-    sub.add_argument("--dim", type=int, help="number of features, by default 50 for mnist17, 30 for other images")
-    sub.add_argument("--q", type=float, nargs="+", default=[0.1], help="label noise of the smoothing")
-    sub.add_argument("--l2", default="auto", help="auto (reads no label), paper (conditional), or a number")
-    sub.add_argument("--certificate", nargs="+", choices=CERTIFICATES, default=["exact"])
-    sub.add_argument("--no-intercept", action="store_true", help="the paper's classifier: no constant feature")
-    sub.add_argument(
-        "--attack",
-        type=int,
-        default=0,
-        help="also attack so many test points: the smoothed classifier, and undefended logistic regression",
-    )
-    sub.add_argument("--max", type=int, help="only the first so many test points")
-    sub.add_argument("--memory", type=int, default=256, help="MiB for the influences that are worked on at once")
-    sub.add_argument("--seed", type=int, default=0, help="of the features and of the attack's choice")
-    sub.add_argument("--device", default="cpu")
-    sub.add_argument("--out", required=True, help="certificates to write (.tsv); summary and plot read them")
-
-
-def run_labelflip(options: argparse.Namespace) -> None:
-    l2: str | float = options.l2
-    if l2 not in ("auto", "paper"):
-        try:
-            l2 = float(options.l2)
-        except ValueError:
-            raise ValueError(f"--l2 must be auto, paper or a number, not {options.l2!r}") from None
-    if options.max is not None:
-        at_least("--max", options.max, 1)
-    at_least("--attack", options.attack, 0)
-    at_least("--memory", options.memory, 1)
-    device = device_of(options.device)
-    if not Path(options.out).parent.is_dir():
-        raise FileNotFoundError(f"{options.out}: the folder {Path(options.out).parent} does not exist; create it first")
-    data = load_features(
-        options.data,
-        options.features,
-        options.dim,
-        data_dir=options.data_dir,
-        download=options.download,
-        seed=options.seed,
-    )
-    if options.max is not None:
-        data = FeatureData(
-            data.name, data.x_train, data.y_train, data.x_test[: options.max], data.y_test[: options.max]
-        )
-    rows = certify_data(
-        data,
-        options.q,
-        options.certificate,
-        l2=l2,
-        intercept=not options.no_intercept,
-        attack=options.attack,
-        seed=options.seed,
-        memory_budget=options.memory * 2**20,
-        device=str(device),
-        progress=True,
-    )
-    write(rows, options.out)
-    print(table(read([options.out])))
-    if l2 == "paper":
-        print("conditional: l2 was chosen by the paper's rule, which reads the labels that an attacker may change")
+def _attack(
+    file: FlipFile,
+    certifiers: Sequence[LabelFlipCertifier],
+    x_train: Tensor,
+    y_train: Tensor,
+    x_test: Tensor,
+    y_test: np.ndarray,
+    points: np.ndarray,
+    progress: bool,
+) -> None:
+    """The rows of attacks that are not in the file, one by one."""
+    n = len(y_train)
+    kinds: list[tuple[str, float, LabelFlipCertifier | None]] = [(ATTACKED, float(c.q), c) for c in certifiers]
+    if file.run.classes == 2:
+        kinds.append((UNDEFENDED, 0.0, None))
+    todo = [(i, *kind) for i in points.tolist() for kind in kinds if (kind[0], kind[1], i) not in file.done]
+    logistic = LogisticAttack(x_train, y_train) if any(kind == UNDEFENDED for _, kind, _, _ in todo) else None
+    for i, name, q, certifier in tqdm(todo, unit="attack", desc="attack", disable=not progress or not todo, delay=1):
+        x, label = x_test[i : i + 1], int(y_test[i])
+        if certifier is not None:
+            attacked = attack_smoothed(certifier.influences(x)[0], y_train, q, certifier.classes_)
+            flips = n if attacked is None else int((attacked != y_train.cpu().numpy()).sum()) - 1
+            predict, l2, conditional = int(certifier.predict(x)[0]), certifier.l2_, certifier.conditional_
+        else:
+            assert logistic is not None
+            needed = logistic.flips(x[0])
+            flips, predict, l2, conditional = n if needed < 0 else needed - 1, logistic.predict(x[0]), 0.0, False
+        file.append([Row(i, label, predict, flips, float("nan"), name, q, l2, conditional)])
