@@ -21,6 +21,7 @@ from pacd_fast import (
     checkpoints,
     datasets,
     evaluate,
+    flip_commands,
     models,
     plots,
     presets,
@@ -31,8 +32,7 @@ from pacd_fast import (
     victims,
 )
 from pacd_fast.certify import certify_each, check_arguments
-from pacd_fast.labelflips import problems
-from pacd_fast.labelflips import results as flip_file
+from pacd_fast.labelflips.results import is_flip_file
 from pacd_fast.poison import Poison
 from pacd_fast.presets import device_of
 
@@ -40,7 +40,7 @@ _NETWORKS = f"{', '.join(models.BUILT_IN)} or package.module:function"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("train", "poison"), "; run the same command again with --resume to go on"),
-    **dict.fromkeys(("certify", "audit", "reproduce"), "; run the same command again to go on"),
+    **dict.fromkeys(("certify", "audit", "labelflip", "reproduce"), "; run the same command again to go on"),
 }
 
 
@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("files", nargs="+")
     merge.add_argument("--out", required=True)
 
-    problems.add_commands(command)
+    flip_commands.add_commands(command)
     reproduce.add_commands(command("reproduce", run_reproduce, "a table or a figure of the papers, in one command"))
     command("info", run_info, "versions, SIMD level, threads, CUDA")
     selftest = command("selftest", run_selftest, "test the noise and the bounds on this machine")
@@ -423,7 +423,7 @@ def _named(files: Sequence[str]) -> dict[str, results.Results]:
 
 
 def run_summary(options: argparse.Namespace) -> None:
-    flips = all(flip_file.is_flip_file(path) for path in options.files)
+    flips = all(is_flip_file(path) for path in options.files)
     if flips and (options.radii or options.target_class is not None or options.over_seeds):
         raise ValueError("--radii, --target-class and --over-seeds are not for files of label flips, but --flips is")
     if options.flips and not flips and all(Path(path).exists() for path in options.files):
@@ -431,7 +431,7 @@ def run_summary(options: argparse.Namespace) -> None:
     if options.json and options.over_seeds:
         raise ValueError("--over-seeds adds a column to the table: leave out --json")
     if flips:
-        flip_file.summarize(options.files, options.flips, options.json)
+        flip_commands.summarize(options.files, options.flips, options.json)
         return
     read = _named(options.files)
     if options.json:
@@ -444,8 +444,8 @@ def run_summary(options: argparse.Namespace) -> None:
 
 
 def run_plot(options: argparse.Namespace) -> None:
-    if all(flip_file.is_flip_file(path) for path in options.files):
-        flip_file.draw(flip_file.read(options.files), options.out, options.title)
+    if all(is_flip_file(path) for path in options.files):
+        flip_commands.plot(options.files, options.out, options.title)
         print(options.out)
         return
     plots.certified_accuracy(_named(options.files), options.out, options.title)

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
-from pacd_fast import metapoison_experiments, pacd_experiments, results, victims
-from pacd_fast.labelflips import problems
-from pacd_fast.labelflips import results as flip_file
+from pacd_fast import flip_figures, metapoison_experiments, pacd_experiments, results, victims
+from pacd_fast.labelflips.curves import cells
+from pacd_fast.labelflips.curves import table as flips_table
 from pacd_fast.losses import METHODS
 from pacd_fast.presets import Help, Main, Preset, add_row, chain, device_of, machine
 from pacd_fast.summary import mean_and_deviation, summarize
@@ -160,20 +160,21 @@ def _clean(data: str, target_class: int, name: str, paper: Mapping[tuple[str, fl
     return Preset(text, add_arguments, run_clean)
 
 
-def _flips(name: str, experiment: problems.Experiment) -> Preset:
+def _flips(name: str, experiment: flip_figures.Experiment) -> Preset:
     """Label-flip certificates (Rosenfeld et al. 2020, figures 1 to 4): a table, and a picture per certificate."""
 
     def add_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--data-dir", help="where the data lie, in torchvision's layout")
         sub.add_argument("--download", action="store_true", help="fetch the data into --data-dir where it is missing")
+        sub.add_argument("--data", help="or an .npz of the same images: x_train, y_train, x_test, y_test")
         sub.add_argument("--seed", type=int, default=0, help="of the features and of the attack's choice")
 
     def run_flips(options: argparse.Namespace, main: Main) -> int:
-        where = {"data_dir": options.data_dir, "download": options.download}
-        curves = problems.reproduce(name, options.work, seed=options.seed, **where)
-        print(flip_file.table(curves))
+        where = {"data": options.data, "data_dir": options.data_dir, "download": options.download}
+        curves = flip_figures.reproduce(name, options.work, seed=options.seed, progress=True, **where)
+        print(flips_table(curves))
         here = {"seed": options.seed, "machine": machine(), "date": str(date.today())}
-        for row in map(flip_file.cells, curves):
+        for row in map(cells, curves):
             add_row(options.results, "label flips, figures", ["data", "certificate", "q", "seed"], {**row, **here})
         return 0
 
@@ -197,6 +198,6 @@ PRESETS = {
     "clean-mnist": _clean("mnist", 8, "MNIST", _CLEAN_MNIST),
     "clean-cifar10": _clean("cifar10", 8, "CIFAR-10", _CLEAN_CIFAR10),
     **pacd_experiments.PRESETS,
-    **{name: _flips(name, experiment) for name, experiment in problems.EXPERIMENTS.items()},
+    **{name: _flips(name, experiment) for name, experiment in flip_figures.EXPERIMENTS.items()},
     **{name: _metapoison(name, experiment) for name, experiment in metapoison_experiments.EXPERIMENTS.items()},
 }

@@ -143,6 +143,7 @@ class LabelFlipCertifier:
         classes_: K.
         l2_: the ridge parameter as a number.
         freedom_: the effective degrees of freedom it leaves.
+        varying_features_: the rank of the features, centred with `intercept`.
         conditional_: whether the labels were read for it.
         coef_: float64 [k, K], the weights of centred features.
         intercept_: float64 [K]; zeros without `intercept`.
@@ -197,23 +198,30 @@ class LabelFlipCertifier:
             raise ValueError(
                 "all features are constant over the training points, so they tell nothing apart: use other features"
             )
-        onehot = torch.nn.functional.one_hot(labels, classes).double()
-        used = values > 1e-13 * k * values[-1]  # a feature that never varies has no part in the rules
-        self.l2_ = self._choose_l2(values[used], vectors[:, used], onehot)
+        self._values, self._vectors = values.clamp(min=0), vectors
+        self.classes_, self._labels = classes, labels
+        self._regularise()
+        return self
+
+    def _regularise(self) -> None:
+        """From the eigenvalues to l2 and the weights."""
+        n, k = self._design.shape
+        onehot = torch.nn.functional.one_hot(self._labels, self.classes_).double()
+        used = self._values > 1e-13 * k * self._values[-1]  # a feature that never varies has no part in the rules
+        values = self._values[used]
+        self.l2_ = self._choose_l2(values, self._vectors[:, used], onehot)
         self.conditional_ = self.l2 == "paper"
         if self.l2_ == 0 and (k > n or not bool(used.all())):
             raise ValueError(
                 f"{k} features for {n} points without regularisation have no unique solution: "
                 'use l2="auto" or l2 > 0, or fewer features'
             )
-        values = values.clamp(min=0)
-        self.freedom_ = float((values[used] / (values[used] + self.l2_)).sum())
-        self._solver = (vectors / (values + self.l2_)) @ vectors.T
-        self.classes_, self._labels = classes, labels
+        self.varying_features_ = len(values)
+        self.freedom_ = float((values / (values + self.l2_)).sum())
+        self._solver = (self._vectors / (self._values + self.l2_)) @ self._vectors.T
         self.coef_ = self._solver @ (self._design.T @ onehot)
-        zeros = torch.zeros(classes, dtype=torch.float64, device=x.device)
+        zeros = torch.zeros(self.classes_, dtype=torch.float64, device=onehot.device)
         self.intercept_ = onehot.mean(0) if self.intercept else zeros
-        return self
 
     def _choose_l2(self, values: Tensor, vectors: Tensor, onehot: Tensor) -> float:
         if self.freedom is not None:
@@ -224,27 +232,31 @@ class LabelFlipCertifier:
                     f"freedom must be in (0, {len(values)}), the number of features that vary, not {self.freedom}"
                 )
         if self.l2 == "auto":
-            n = len(self._design)
-            return l2_of_freedom(values, self.freedom if self.freedom is not None else automatic_freedom(values, n))
+            freedom = automatic_freedom(values, len(onehot)) if self.freedom is None else self.freedom
+            return l2_of_freedom(values, freedom)
         if self.l2 == "paper":
-            targets = onehot[:, 1:] if onehot.shape[1] == 2 else onehot
+            targets = onehot[:, 1:] if self.classes_ == 2 else onehot
             return papers_l2(self._design, targets, values, vectors, self.q, self.intercept)
         if isinstance(self.l2, (int, float)) and math.isfinite(self.l2) and self.l2 >= 0:
             return float(self.l2)
         raise ValueError(f'l2 must be "auto", "paper" or a number that is not negative, not {self.l2!r}')
 
-    def with_noise(self, q: float) -> LabelFlipCertifier:
-        """This fitted certifier for another q; nothing is computed again, and nothing copied.
+    def adjusted(
+        self, *, q: float | None = None, l2: str | float | None = None, freedom: float | None = None
+    ) -> LabelFlipCertifier:
+        """A fitted copy with other settings for the same training points; what takes long in `fit` is shared.
 
         Raises:
-            ValueError: before `fit`, for a q out of range, and with ``l2="paper"``, which depends on q.
+            ValueError: before `fit`, and for settings that `fit` refuses.
         """
-        if self.l2 == "paper":
-            raise ValueError('l2="paper" depends on q: fit again')
         self._fitted()
-        _check_noise(q, self.classes_)
         other = copy.copy(self)
-        other.q = q
+        other.q = self.q if q is None else q
+        _check_noise(other.q, self.classes_)
+        if l2 is not None or freedom is not None:
+            other.l2, other.freedom = "auto" if l2 is None else l2, freedom
+        if other.l2 == "paper" or (other.l2, other.freedom) != (self.l2, self.freedom):
+            other._regularise()
         return other
 
     def _fitted(self) -> None:
@@ -331,9 +343,8 @@ class LabelFlipCertifier:
                 if name == "whitebox":  # the same classifier, so the better of the two proofs stands
                     flips = np.maximum(flips, linear[True])
             arrays = (predictions[name != "ridge"], flips, tail.copy())
-            out[name] = FlipCertificates(
-                *(torch.from_numpy(a).to(x.device) if isinstance(X, Tensor) else a for a in arrays), self.conditional_
-            )
+            given = [torch.from_numpy(a).to(x.device) if isinstance(X, Tensor) else a for a in arrays]
+            out[name] = FlipCertificates(given[0], given[1], given[2], self.conditional_)
         return out
 
 

@@ -66,10 +66,10 @@ def read(paths: Sequence[str | Path]) -> list[Curve]:
                     raise ValueError(f"{path}: another certificate of point {idx} was read before")
     curves = []
     for (run, certificate, q, l2, conditional), points in merged.items():
-        idx = np.array(sorted(points), dtype=np.int64)
-        label, predict, flips = (np.array([points[i][j] for i in idx.tolist()], dtype=np.int64) for j in range(3))
+        order = np.array(sorted(points), dtype=np.int64)
+        label, predict, flips = (np.array([points[i][j] for i in order.tolist()], dtype=np.int64) for j in range(3))
         data, constant = run.data.rpartition("@")[0] or run.data, float(np.mean(label == run.majority))
-        curves.append(Curve(certificate, q, l2, conditional, idx, label == predict, flips, run.n, constant, data))
+        curves.append(Curve(certificate, q, l2, conditional, order, label == predict, flips, run.n, constant, data))
     return sorted(curves, key=lambda c: (c.data, c.certificate in NOISELESS, c.q, KINDS.index(c.certificate), c.l2))
 
 

@@ -20,10 +20,11 @@ from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
 from pacd_fast.labelflips.patches import kmeans_patches
 from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, FlipFile, Row, Run
+from pacd_fast.labelflips.simclr import SimCLR, train_simclr
 
-__all__ = ["DIMENSIONS", "FEATURES", "FeatureData", "certify_data", "load_features"]
+__all__ = ["DIMENSIONS", "FEATURES", "FeatureData", "certify_data", "load_features", "scan"]
 
-DIMENSIONS = {"network": 50, "ica": 30, "kmeans": 3200, "pca": 30, "random-conv": 128, "pixels": None}
+DIMENSIONS = {"network": 50, "ica": 30, "kmeans": 3200, "pca": 30, "random-conv": 128, "simclr": 128, "pixels": None}
 FEATURES = tuple(DIMENSIONS)
 
 
@@ -43,7 +44,7 @@ class FeatureData:
         digest = hashlib.sha256()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
             digest.update(f"{array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return f"{self.name}@{digest.hexdigest()[:12]}"
 
     def save(self, path: str | Path) -> None:
@@ -60,7 +61,9 @@ def load_features(
     data_dir: str | None = None,
     download: bool = False,
     seed: int = 0,
-    epochs: int = 4,
+    epochs: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> FeatureData:
     """The problem of one name.
 
@@ -69,8 +72,12 @@ def load_features(
     .npz with X_train, y_train, X_test, y_test: features as they are.
 
     Args:
-        features: network (mnist17 only), ica, kmeans (of patches; the best here), pca, random-conv, pixels.
+        features: network (mnist17 only), ica, kmeans (of patches), pca, random-conv, simclr (wants a GPU), pixels.
         dim: how many; by default those of `DIMENSIONS`.
+        seed: of what is learnt.
+        epochs: of network (4) and simclr (200).
+        device: where simclr trains.
+        progress: show simclr's.
 
     Raises:
         ValueError, FileNotFoundError: one line that says what to do.
@@ -97,8 +104,13 @@ def load_features(
     train, test = datasets.as_float(x_train), datasets.as_float(x_test)
     if features == "network":
         others, labels = datasets.as_float(source.x_train[~chosen]), source.y_train[~chosen]
-        network = train_feature_network(others, labels, dim=dim or 1, epochs=epochs, seed=seed)
+        network = train_feature_network(others, labels, dim=dim or 1, epochs=epochs or 4, seed=seed)
         maps = network_features(network, train), network_features(network, test)
+    elif features == "simclr":
+        encoder = train_simclr(train.to(device), SimCLR(epochs=epochs or 200), seed=seed, progress=progress)
+        raw = [network_features(encoder, x.to(device)).cpu() for x in (train, test)]
+        fewer = pca(raw[0], dim or 1, whiten=False)
+        maps = fewer(raw[0]), fewer(raw[1])
     else:
         maps = _unsupervised(features, train, test, dim or 1, seed)
     name = f"{source.name if data.endswith('.npz') else data}-{features}{dim or ''}"
@@ -195,10 +207,7 @@ def certify_data(
     )
     if len(data.y_test) and data.y_test.max() >= first.classes_:
         raise ValueError(f"a test label is {data.y_test.max()}, but training labels end at {first.classes_ - 1}")
-    certifiers = [first]
-    for q in qs[1:]:
-        again = l2 == "paper"  # which depends on q
-        certifiers.append(_with(first, q).fit(x_train, y_train) if again else first.with_noise(q))
+    certifiers = [first, *(first.adjusted(q=q) for q in qs[1:])]
     majority = int(np.bincount(data.y_train).argmax())
     run = Run(first.classes_, len(data.y_train), majority, intercept, data.tag)
     everything = np.arange(len(data.y_test))[:points]
@@ -216,10 +225,42 @@ def certify_data(
     return before
 
 
-def _with(certifier: LabelFlipCertifier, q: float) -> LabelFlipCertifier:
-    return LabelFlipCertifier(
-        q, certifier.l2, intercept=certifier.intercept, memory_budget=certifier.memory_budget, freedom=certifier.freedom
-    )
+def scan(
+    data: FeatureData,
+    q: float = 0.1,
+    certificate: str = "exact",
+    *,
+    points: int | None = None,
+    intercept: bool = True,
+    memory_budget: int = 256 * 2**20,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> list[dict[str, str]]:
+    """Accuracy and certified flips over a grid of effective degrees of freedom, a row of a table each.
+
+    The grid reads no label: 2, 5, 10, ... up to two thirds of the features, and what ``l2="auto"`` takes.
+    """
+    x_train, x_test = (torch.as_tensor(x, device=device) for x in (data.x_train, data.x_test[:points]))
+    automatic = LabelFlipCertifier(q, certificate=certificate, intercept=intercept, memory_budget=memory_budget)
+    automatic.fit(x_train, torch.as_tensor(data.y_train, device=device))
+    most = 2 * automatic.varying_features_ / 3
+    grid = [float(step * 10**power) for power in range(7) for step in (1, 2, 5)]
+    grid = sorted({*(value for value in grid if 2 <= value < most), most, automatic.freedom_})
+    rows = []
+    for freedom in tqdm(grid, unit="value", desc="scan", disable=not progress, delay=1):
+        same = freedom == automatic.freedom_
+        certifier = automatic if same else automatic.adjusted(freedom=freedom)
+        found = certifier.certify(x_test.cpu().numpy())
+        rows.append(
+            {
+                "freedom": f"{freedom:.4g}" + (" (auto)" if same else ""),
+                "l2": f"{certifier.l2_:.4g}",
+                "accuracy": f"{found.certified_accuracy(data.y_test[:points], 0):.4f}",
+                "median": f"{np.median(found.flips):g}",
+                **{str(r): f"{found.certified_accuracy(data.y_test[:points], r):.3f}" for r in (1, 10, 50, 100, 500)},
+            }
+        )
+    return rows
 
 
 def _certify(
