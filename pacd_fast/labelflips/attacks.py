@@ -114,7 +114,7 @@ class LogisticAttack:
     Flips are ranked by their influence on the test point's logit, x' H^-1 x_i with H as if every point had probability
     1/2 (the fitted curvature all but vanishes for points that are told apart well, and ranks several times worse).
     The least number of top ones that changes the prediction is found by doubling and bisection, training the model
-    again each time: an upper bound on the classifier's robustness, not the least number.
+    again each time, to a coarse solution first: an upper bound on the classifier's robustness, not the least number.
 
     Training is L-BFGS in the basis of the features' principal axes, where the curvature is close to diagonal, from the
     last solution: O(n k) a step.  What it learns of the curvature, which depends on the weights and not on the labels,
@@ -179,11 +179,16 @@ class LogisticAttack:
         while bad - good > 1:
             middle = (good + bad) // 2
             good, bad = (good, middle) if attacked(middle) else (middle, bad)
-        while not attacked(bad, 1e-8):  # near the boundary a coarse solution may have the wrong sign
-            if bad == len(order):
-                return -1
+        # near the boundary a coarse solution may have the wrong sign
+        if attacked(bad, 1e-8):
+            while bad > 1 and attacked(bad - 1, 1e-8):
+                bad -= 1
+            return bad
+        while bad < len(order):
             bad += 1
-        return bad
+            if attacked(bad, 1e-8):
+                return bad
+        return -1
 
     def _fit(
         self, y: Tensor, start: Tensor, curvature: list[tuple[Tensor, Tensor, Tensor]], tolerance: float

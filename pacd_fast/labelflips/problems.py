@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,8 @@ def scan(
     automatic.fit(x_train, torch.as_tensor(data.y_train, device=device))
     most = 2 * automatic.varying_features_ / 3
     grid = [float(step * 10**power) for power in range(7) for step in (1, 2, 5)]
-    grid = sorted({*(value for value in grid if 2 <= value < most), most, automatic.freedom_})
+    grid = [value for value in (*grid, most) if 2 <= value <= most]
+    grid = sorted([*(v for v in grid if not math.isclose(v, automatic.freedom_, rel_tol=1e-6)), automatic.freedom_])
     rows = []
     for freedom in tqdm(grid, unit="value", desc="scan", disable=not progress, delay=1):
         same = freedom == automatic.freedom_
