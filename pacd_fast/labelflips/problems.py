@@ -281,28 +281,28 @@ def _certify(
         for name in certificates
         if name != "ridge" or certifier is certifiers[0]
     ]
-    todo = [i for i in points.tolist() if any((name, q, i) not in file.done for _, name, q in wanted)]
     first = certifiers[0]
     rows = max(1, min(first.memory_budget // (8 * file.run.n), 256))
-    bar = tqdm(total=len(todo), unit="point", desc="certify", disable=not progress or not todo, delay=1)
-    for begin in range(0, len(todo), rows):
-        index = todo[begin : begin + rows]
-        x = x_test[torch.tensor(index, device=x_test.device)]
+    # Whole tiles, because a matrix product's last bits depend on its size: a run that was stopped gets equal rows.
+    tiles = [points[begin : begin + rows].tolist() for begin in range(0, len(points), rows)]
+    tiles = [tile for tile in tiles if any((name, q, i) not in file.done for _, name, q in wanted for i in tile)]
+    bar = tqdm(total=sum(map(len, tiles)), unit="point", desc="certify", disable=not progress or not tiles, delay=1)
+    for tile in tiles:
+        x = x_test[torch.tensor(tile, device=x_test.device)]
         alpha = first.influences(x)
         for certifier in certifiers:
+            mine = [(name, q) for other, name, q in wanted if other is certifier]
+            names = [name for name, q in mine if any((name, q, i) not in file.done for i in tile)]
             shared = alpha if certifier.l2_ == first.l2_ else None
-            names = [
-                name for c, name, q in wanted if c is certifier and any((name, q, i) not in file.done for i in index)
-            ]
             for name, found in certifier.certify_all(x, names, shared).items() if names else ():
-                q = 0.0 if name == "ridge" else float(certifier.q)
+                q = dict(mine)[name]
                 values = (v.tolist() for v in (found.prediction, found.flips, found.log_tail))
                 file.append(
                     Row(i, int(y_test[i]), predict, flips, tail, name, q, certifier.l2_, found.conditional)
-                    for i, predict, flips, tail in zip(index, *values, strict=True)
+                    for i, predict, flips, tail in zip(tile, *values, strict=True)
                     if (name, q, i) not in file.done
                 )
-        bar.update(len(index))
+        bar.update(len(tile))
     bar.close()
 
 

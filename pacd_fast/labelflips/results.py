@@ -125,7 +125,8 @@ class FlipFile:
                 raise ValueError(f"{path} is being written by another process; choose another --out") from error
             raw = self.path.read_bytes()
             torn = b"\n" not in raw and _HEADER.encode().startswith(raw)
-            groups = {} if torn or raw == _HEADER.encode() else _parse(self.path, raw)
+            whole = raw.rfind(b"\n") + 1
+            groups = {} if torn or raw[:whole] == _HEADER.encode() else _parse(self.path, raw)
             self._l2: dict[tuple[str, float], tuple[float, bool]] = {}
             self.done: set[tuple[str, float, int]] = set()
             for (there, certificate, q, l2, conditional), rows in groups.items():
@@ -137,7 +138,7 @@ class FlipFile:
                         )
                 self._l2[certificate, q] = l2, conditional
                 self.done.update((certificate, q, idx) for idx in rows)
-            self._file.truncate(0 if torn else raw.rfind(b"\n") + 1)
+            self._file.truncate(whole)
             if torn:
                 self._write(_HEADER)
         except BaseException:
