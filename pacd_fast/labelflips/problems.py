@@ -49,9 +49,10 @@ class FeatureData:
         return f"{self.name}@{digest.hexdigest()[:12]}"
 
     def save(self, path: str | Path) -> None:
-        """An .npz that `load_features` reads: X_train, y_train, X_test, y_test."""
+        """An .npz that `load_features` reads: X_train, y_train, X_test, y_test and the name."""
+        arrays = {"X_train": self.x_train, "y_train": self.y_train, "X_test": self.x_test, "y_test": self.y_test}
         with open(path, "wb") as file:
-            np.savez(file, X_train=self.x_train, y_train=self.y_train, X_test=self.x_test, y_test=self.y_test)
+            np.savez(file, name=np.array(self.name), **arrays)  # type: ignore[arg-type]
 
 
 def load_features(
@@ -148,6 +149,7 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
                 return None
             keys = ("X_train", "y_train", "X_test", "y_test")
             arrays = [np.asarray(file[key]) for key in keys if key in names]
+            name = str(file["name"]) if "name" in names else Path(path).stem
     except datasets.UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -164,7 +166,7 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
         arrays[i] = labels.astype(np.int64)
         if len(arrays[i - 1]) != len(arrays[i]):
             raise ValueError(f"{path}: {keys[i - 1]} has {len(arrays[i - 1])} points and {keys[i]} {len(arrays[i])}")
-    return FeatureData("".join(c if c.isprintable() and c not in '\t"' else "_" for c in Path(path).stem), *arrays)
+    return FeatureData("".join(c if c.isprintable() and c not in '@"' else "_" for c in name[:100]) or "_", *arrays)
 
 
 def certify_data(
