@@ -20,16 +20,17 @@ import numpy as np
 import torch
 
 from benchmarks.report import medians, record
-from pacd_fast import _C, LabelFlipCertifier, datasets, ops
+from pacd_fast import _C, LabelFlipCertifier, ops
+from pacd_fast.data import as_float, load_dataset
 from pacd_fast.labelflips import (
     LogisticAttack,
     kmeans_patches,
+    load_features,
     network_features,
     pca,
     random_convolutions,
     train_feature_network,
 )
-from pacd_fast.labelflips.problems import load_features
 
 Q = 0.1
 
@@ -61,7 +62,7 @@ def numpy_newton(alpha: np.ndarray, y: np.ndarray, q: float) -> float:
 
 
 def exponentials(alpha: np.ndarray, y: np.ndarray, q: float) -> int:
-    """Exponentials a label in the operator's solver: one a Halley step (csrc/chernoff.h), and one for the bound."""
+    """Exponentials a label in the operator's solver: one a Halley step (kernels/chernoff.h), and one for the bound."""
     one = np.where(y == 1, 1 - q, q)
 
     def move(slope: float, bend: float, third: float) -> float:
@@ -212,23 +213,21 @@ def ridge_problems(mnist: str, cifar10: str) -> dict[str, Problem]:
             x, y = images.split(part)
             if pair:
                 x, y = x[(y == 1) | (y == 7)], (y[(y == 1) | (y == 7)] == 7).long()
-            parts += [features(datasets.as_float(x[:n])).double(), y[:n]]
+            parts += [features(as_float(x[:n])).double(), y[:n]]
         scale = parts[0].std(0)
         scale[scale == 0] = 1.0
         return parts[0] / scale, parts[1], parts[2] / scale, parts[3]
 
     found["MNIST 1/7, network 50"] = of("mnist17", "network", 50)
     found["MNIST, ICA 30"] = of("mnist", "ica", 30)
-    digits, pictures = datasets.load("mnist", data_dir=mnist), datasets.load(cifar10)
+    digits, pictures = load_dataset("mnist", data_dir=mnist), load_dataset(cifar10)
     others = (digits.y_train != 1) & (digits.y_train != 7)
-    network = train_feature_network(
-        datasets.as_float(digits.x_train[others]), digits.y_train[others], dim=1280, epochs=2
-    )
+    network = train_feature_network(as_float(digits.x_train[others]), digits.y_train[others], dim=1280, epochs=2)
     found["MNIST 1/7, network 1280"] = mapped(lambda x: network_features(network, x), digits, 1800, True)
     convolutions = random_convolutions(1, 1280)
     found["MNIST 1/7, random convolutions 1280"] = mapped(convolutions, digits, 1800, True)
     found["MNIST, random convolutions 1280"] = mapped(convolutions, digits, 5000, False)
-    patches = kmeans_patches(datasets.as_float(pictures.x_train[:5000]), 320, stride=2, patches=100_000)
+    patches = kmeans_patches(as_float(pictures.x_train[:5000]), 320, stride=2, patches=100_000)
     found["CIFAR-10 car/horse, k-means 1280"] = mapped(patches, pictures, 1800, True)
     found["CIFAR-10, k-means 1280"] = mapped(patches, pictures, 10_000, False)
     for name, n, k, classes, spread, decay in (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["AnotherRun", "read", "replaced", "restore", "write"]
+__all__ = ["AnotherRun", "keep_lines", "read", "replaced", "restore", "write"]
 
 
 class AnotherRun(ValueError):
@@ -69,3 +69,13 @@ def restore(path: Path, network: nn.Module, weights: Any, optimizer: torch.optim
         optimizer.load_state_dict(moments)
     except (RuntimeError, ValueError) as error:
         raise AnotherRun(f"{path} is of another network; delete it to start again") from error
+
+
+def keep_lines(path: Path, epochs: int) -> None:
+    """Leaves the lines of the first epochs in a metrics file: a run that starts or goes on writes the others again."""
+    if path.exists() and not path.is_file():
+        return  # /dev/stdout, say
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    if lines and not lines[0].startswith('{"epoch"'):
+        raise ValueError(f"{path} is there and no file of metrics; give another name")
+    path.write_text("".join(f"{line}\n" for line in lines[:epochs]), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Who draws which random numbers: streams of noise, seeds derived from seeds, and torch's generators for a while.
 
-Noise is a function of (seed, stream, image, sample, element).  Different uses of one seed have different streams, so that
-they never share a sample.  Everything else that is drawn gets a seed of its own by `mix`: the run's seed, a Purpose, and
-what it is numbered by (epoch, step, ...).
+Noise is a function of (seed, stream, image, sample, element).  Different uses of one seed have different streams, so
+that they never share a sample.  Everything else that is drawn gets a seed of its own by `mix`: the run's seed, a
+Purpose, and what it is numbered by (epoch, step, ...).
 """
 
 from __future__ import annotations

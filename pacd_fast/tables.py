@@ -34,7 +34,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table, padded so that it reads well as text too; floats get three digits."""
+    """Rows with the same keys as a Markdown table, padded to read well as text; floats get three digits."""
 
     def cell(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pacd_fast.losses import at_least, not_negative, positive
+from pacd_fast.arguments import at_least, not_negative, positive
 
 __all__ = ["Tensors", "Unrolled", "unrolled"]
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pacd_fast import ops, reference
+from pacd_fast import ops
+from pacd_fast.ops import reference
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pacd_fast import ops
-from pacd_fast.bilevel import SOLVERS, Composite, SolverWarning, hypergradient, solve
-from pacd_fast.unrolling import unrolled
+from pacd_fast.bilevel import SOLVERS, Composite, SolverWarning, hypergradient, solve, unrolled
 
 
 def matrix(n: int, eigenvalues: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pacd_fast import LabelFlipCertifier, flip_figures
-from pacd_fast.__main__ import main
-from pacd_fast.flip_figures import EXPERIMENTS, Experiment, reproduce
+from pacd_fast import LabelFlipCertifier
+from pacd_fast.cli import main
+from pacd_fast.experiments import flips as flip_figures
+from pacd_fast.experiments.flips import FIGURES, Figure, reproduce_flips
 from pacd_fast.labelflips import problems
 from pacd_fast.labelflips.certifier import CERTIFICATES
-from pacd_fast.labelflips.curves import read, table
+from pacd_fast.labelflips.curves import flips_table, read_flips
 from pacd_fast.labelflips.problems import load_features
 from pacd_fast.labelflips.results import COLUMNS, is_flip_file
 
@@ -54,7 +55,7 @@ def test_features_to_file_to_table_to_picture(features, tmp_path, capsys):
     lines = out.read_text().splitlines()
     assert lines[0].split("\t") == list(COLUMNS) and is_flip_file(out) and not is_flip_file(features)
     assert len(lines) == 1 + 30 * (2 * 3 + 1) + 3 * 3  # ridge has no q; 3 points attacked at each q and undefended
-    curves = {(curve.certificate, curve.q): curve for curve in read([out])}
+    curves = {(curve.certificate, curve.q): curve for curve in read_flips([out])}
     assert len(curves) == 10 and all(curve.n == 300 for curve in curves.values())
     for q in (0.1, 0.3):
         assert bool((curves["kl", q].flips <= curves["exact", q].flips).all())
@@ -78,7 +79,7 @@ def test_other_l2_and_classifier(features, tmp_path, capsys):
     assert main([*given, paper]) == 2
     assert "paper.tsv is another run: intercept is True there and False here" in capsys.readouterr().err
     assert main([*given, other]) == 0
-    (curve,) = read([other])
+    (curve,) = read_flips([other])
     assert curve.l2 == 3.5 and len(curve.flips) == 5
 
 
@@ -108,10 +109,10 @@ def test_two_digits_by_a_network_of_the_other_eight(mnist):
 
 
 def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsys):
-    small = Experiment("mnist17", "pca", 5, (0.1,), "MNIST 1/7", attack=2)
-    monkeypatch.setitem(EXPERIMENTS, "flips-mnist17", small)
-    curves = reproduce("flips-mnist17", tmp_path / "out", data_dir=str(mnist))
-    text = table(curves)
+    small = Figure("mnist17", "pca", 5, (0.1,), "MNIST 1/7", attack=2)
+    monkeypatch.setitem(FIGURES, "flips-mnist17", small)
+    curves = reproduce_flips("flips-mnist17", tmp_path / "out", data_dir=str(mnist))
+    text = flips_table(curves)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"flips-mnist17{end}" for end in (".tsv", ".md", "-exact.png", "-whitebox.png")}
     assert all(f"| {name} " in text for name in (*CERTIFICATES, "attacked", "undefended"))
@@ -127,8 +128,8 @@ def test_reproduce_writes_table_and_pictures(mnist, tmp_path, monkeypatch, capsy
 
 
 def test_reproduce_goes_on_with_the_features_it_had(mnist, tmp_path, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, "flips-mnist", Experiment("mnist", "pca", 5, (0.1, 0.3), "MNIST", attack=3))
-    whole = reproduce("flips-mnist", tmp_path / "whole", data_dir=str(mnist))
+    monkeypatch.setitem(FIGURES, "flips-mnist", Figure("mnist", "pca", 5, (0.1, 0.3), "MNIST", attack=3))
+    whole = reproduce_flips("flips-mnist", tmp_path / "whole", data_dir=str(mnist))
     lines = (tmp_path / "whole" / "flips-mnist.tsv").read_bytes().splitlines(keepends=True)
     folder = tmp_path / "part"
     folder.mkdir()
@@ -139,9 +140,9 @@ def test_reproduce_goes_on_with_the_features_it_had(mnist, tmp_path, monkeypatch
         "load_features",
         lambda path, *a, **k: load_features(path) if path.endswith(".npz") else pytest.fail(),
     )
-    resumed = reproduce("flips-mnist", folder)
+    resumed = reproduce_flips("flips-mnist", folder)
     assert {path.suffix for path in folder.iterdir()} == {".tsv", ".md", ".png"}  # the features are no longer needed
-    assert table(resumed) == table(whole)
+    assert flips_table(resumed) == flips_table(whole)
 
 
 def test_scan_prints_the_exchange_and_writes_nothing(features, tmp_path, capsys, monkeypatch):
@@ -175,7 +176,7 @@ def test_features_are_saved_once(mnist, tmp_path, capsys):
     saved = load_features(kept)
     assert np.array_equal(saved.x_train, load_features("mnist", "pca", 6, data_dir=str(mnist)).x_train)
     assert main(["labelflip", "--data", kept, "--out", str(tmp_path / "b.tsv")]) == 0
-    (a,), (b,) = read([out]), read([tmp_path / "b.tsv"])
+    (a,), (b,) = read_flips([out]), read_flips([tmp_path / "b.tsv"])
     assert len(a.flips) == 9 and np.array_equal(a.flips, b.flips[:9])
 
 
@@ -222,22 +223,22 @@ def test_damaged_files(features, tmp_path):
     with pytest.raises(ValueError):
         load_features(str(tmp_path / "text.npz"))
     with pytest.raises(ValueError, match="not a file of label-flip certificates"):
-        read([features])
+        read_flips([features])
 
 
 def test_certificates_of_two_rules_are_two_curves(features, tmp_path):
     auto, other = str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")
     assert main(["labelflip", "--data", str(features), "--out", auto]) == 0
     assert main(["labelflip", "--data", str(features), "--l2", "500", "--out", other]) == 0
-    assert len({curve.l2 for curve in read([auto, other])}) == 2
-    assert [len(curve.flips) for curve in read([auto, auto])] == [30]
+    assert len({curve.l2 for curve in read_flips([auto, other])}) == 2
+    assert [len(curve.flips) for curve in read_flips([auto, auto])] == [30]
     lines = Path(auto).read_text().splitlines()
     fields = lines[1].split("\t")
     fields[COLUMNS.index("label")] = str(1 - int(fields[COLUMNS.index("label")]))
     fields[COLUMNS.index("correct")] = str(1 - int(fields[COLUMNS.index("correct")]))
     Path(other).write_text("\n".join([lines[0], "\t".join(fields)]) + "\n")
     with pytest.raises(ValueError, match="another certificate of point 0 was read before"):
-        read([auto, other])
+        read_flips([auto, other])
 
 
 @pytest.mark.parametrize(

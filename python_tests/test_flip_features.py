@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast import LabelFlipCertifier, datasets
+from pacd_fast import LabelFlipCertifier
+from pacd_fast.data import as_float, load_dataset
 from pacd_fast.labelflips import simclr
 from pacd_fast.labelflips.features import fast_ica, pca, random_convolutions
 from pacd_fast.labelflips.patches import kmeans_patches
@@ -43,10 +44,10 @@ def test_random_convolutions_are_fixed():
 
 
 def digits(train=800, test=300):
-    data = datasets.load("mnist5k")
+    data = load_dataset("mnist5k")
     return (
-        datasets.as_float(data.x_train[:train]), data.y_train[:train],
-        datasets.as_float(data.x_test[:test]), data.y_test[:test],
+        as_float(data.x_train[:train]), data.y_train[:train],
+        as_float(data.x_test[:test]), data.y_test[:test],
     )  # fmt: skip
 
 

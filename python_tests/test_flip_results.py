@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from pacd_fast.__main__ import main
+from pacd_fast.cli import main
 from pacd_fast.files import AnotherRun
 from pacd_fast.labelflips import curves, problems, results
 from pacd_fast.labelflips.certifier import CERTIFICATES
@@ -52,7 +52,7 @@ def test_a_file_holds_every_certificate_once(whole):
     for group, points in rows.items():
         assert len(points) == (4 if group[1] in ("attacked", "undefended") else 30)
         assert group[0].classes == 2 and group[0].n == 200 and not group[4]
-    found = {(curve.certificate, curve.q): curve for curve in curves.read([whole])}
+    found = {(curve.certificate, curve.q): curve for curve in curves.read_flips([whole])}
     direct = problems.LabelFlipCertifier(0.3).fit(data().x_train, data().y_train).certify_all(data().x_test)
     for name in CERTIFICATES:
         curve = found[name, 0.0 if name == "ridge" else 0.3]
@@ -112,7 +112,7 @@ def test_attacks_are_in_the_file_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(problems, "attack_smoothed", attack_smoothed)
     with pytest.raises(Stop):
         certify_data(data(), tmp_path / "a.tsv", (0.1, 0.3), ("exact",), attack=5)
-    found = {(curve.certificate, curve.q): len(curve.flips) for curve in curves.read([tmp_path / "a.tsv"])}
+    found = {(curve.certificate, curve.q): len(curve.flips) for curve in curves.read_flips([tmp_path / "a.tsv"])}
     # two of the first point, its logistic regression, then one of the second
     assert found == {
         ("exact", 0.1): 30,
@@ -280,13 +280,13 @@ def test_files_without_rows_second_rows_and_missing_columns(whole):
 def test_conditional_is_in_the_file_the_table_and_the_summary(tmp_path):
     path = tmp_path / "paper.tsv"
     certify_data(data(), path, (0.1, 0.3), ("exact", "ridge"), l2="paper")
-    found = curves.read([path])
+    found = curves.read_flips([path])
     assert all(curve.conditional for curve in found) and len({curve.l2 for curve in found}) == 2
-    text = curves.table(found)
+    text = curves.flips_table(found)
     assert "exact (conditional)" in text and curves.CONDITIONAL in text
-    assert all(each["conditional"] for each in curves.summary([path]))
+    assert all(each["conditional"] for each in curves.flips_summary([path]))
     certify_data(data(), tmp_path / "auto.tsv", (0.1,), ("exact",))
-    assert "conditional" not in curves.table(curves.read([tmp_path / "auto.tsv"]))
+    assert "conditional" not in curves.flips_table(curves.read_flips([tmp_path / "auto.tsv"]))
 
 
 def test_columns_are_the_fields_of_a_row_and_a_run():

@@ -12,7 +12,7 @@ import numpy as np
 from pacd_fast.labelflips.results import KINDS, NOISELESS, Group, Point, read_rows
 from pacd_fast.tables import markdown
 
-__all__ = ["FLIPS", "Curve", "cells", "read", "summary", "table"]
+__all__ = ["FLIPS", "Curve", "flips_cells", "read_flips", "flips_summary", "flips_table"]
 
 FLIPS = (1, 10, 50, 100, 200, 500, 1000, 2000)
 CONDITIONAL = (
@@ -51,7 +51,7 @@ class Curve:
         return float(np.mean(self.correct & (self.flips >= r)))
 
 
-def read(paths: Sequence[str | Path]) -> list[Curve]:
+def read_flips(paths: Sequence[str | Path]) -> list[Curve]:
     """The curves of files, by data, q and certificate; errors as those of `results.read_rows`.
 
     A point may be in several files if its row is the same; else ValueError.
@@ -73,7 +73,7 @@ def read(paths: Sequence[str | Path]) -> list[Curve]:
     return sorted(curves, key=lambda c: (c.data, c.certificate in NOISELESS, c.q, KINDS.index(c.certificate), c.l2))
 
 
-def cells(curve: Curve, flips: Sequence[int] = FLIPS) -> dict[str, str]:
+def flips_cells(curve: Curve, flips: Sequence[int] = FLIPS) -> dict[str, str]:
     """A curve's line of the table, by the names of its columns."""
     return {
         "data": curve.data,
@@ -87,16 +87,16 @@ def cells(curve: Curve, flips: Sequence[int] = FLIPS) -> dict[str, str]:
     }
 
 
-def table(curves: Sequence[Curve], flips: Sequence[int] = FLIPS, form: Callable[[Any], str] = markdown) -> str:
+def flips_table(curves: Sequence[Curve], flips: Sequence[int] = FLIPS, form: Callable[[Any], str] = markdown) -> str:
     """Accuracy, median flips of all points, certified accuracy at each number of flips: Markdown, or tables.columns.
 
     A line below says what conditional certificates are worth, where there are any.
     """
-    text = form([cells(curve, flips) for curve in curves])
+    text = form([flips_cells(curve, flips) for curve in curves])
     return f"{text}\n\n{CONDITIONAL}" if any(curve.conditional for curve in curves) else text
 
 
-def summary(paths: Sequence[str | Path], flips: Sequence[int] | None = None) -> list[dict[str, Any]]:
+def flips_summary(paths: Sequence[str | Path], flips: Sequence[int] | None = None) -> list[dict[str, Any]]:
     """What the table of these files says, as plain values for JSON."""
     return [
         {
@@ -112,5 +112,5 @@ def summary(paths: Sequence[str | Path], flips: Sequence[int] | None = None) -> 
             "median_flips": float(np.median(c.flips)),
             "certified_accuracy": {str(r): c.accuracy(r) for r in flips or FLIPS},
         }
-        for c in read(paths)
+        for c in read_flips(paths)
     ]

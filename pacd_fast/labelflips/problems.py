@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pacd_fast import datasets
 from pacd_fast.arguments import at_least
+from pacd_fast.data import UNREADABLE, as_float, load_dataset
 from pacd_fast.labelflips.attacks import LogisticAttack, attack_smoothed
 from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
@@ -96,16 +96,16 @@ def load_features(
         )
     dim = DIMENSIONS[features] if dim is None else dim
     at_least("dim", dim or 1, 1)
-    source = datasets.load("mnist" if pair else data, data_dir=data_dir, download=download)
+    source = load_dataset("mnist" if pair else data, data_dir=data_dir, download=download)
     if not pair:
         x_train, y_train, x_test, y_test = source.x_train, source.y_train, source.x_test, source.y_test
     else:
         chosen, chosen_test = ((y == 1) | (y == 7) for y in (source.y_train, source.y_test))
         x_train, x_test = source.x_train[chosen], source.x_test[chosen_test]
         y_train, y_test = (source.y_train[chosen] == 7).long(), (source.y_test[chosen_test] == 7).long()
-    train, test = datasets.as_float(x_train), datasets.as_float(x_test)
+    train, test = as_float(x_train), as_float(x_test)
     if features == "network":
-        others, labels = datasets.as_float(source.x_train[~chosen]), source.y_train[~chosen]
+        others, labels = as_float(source.x_train[~chosen]), source.y_train[~chosen]
         network = train_feature_network(others, labels, dim=dim or 1, epochs=epochs or 4, seed=seed)
         maps = network_features(network, train), network_features(network, test)
     elif features == "simclr":
@@ -150,7 +150,7 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
             keys = ("X_train", "y_train", "X_test", "y_test")
             arrays = [np.asarray(file[key]) for key in keys if key in names]
             name = str(file["name"]) if "name" in names else Path(path).stem
-    except datasets.UNREADABLE as error:
+    except UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} is not an .npz file that can be read: {error}") from error
@@ -214,7 +214,7 @@ def certify_data(
     majority = int(np.bincount(data.y_train).argmax())
     run = Run(first.classes_, len(data.y_train), majority, intercept, data.tag)
     everything = np.arange(len(data.y_test))[:points]
-    chosen = np.random.RandomState(seed).permutation(everything)[:attack]
+    chosen = np.random.default_rng(seed).permutation(everything)[:attack]
     with FlipFile(out, run) as file:
         before = len(file.done)
         for certifier in certifiers:

@@ -201,6 +201,8 @@ _LONGEST_TABLES = 300_000  # flips, all curves together: a few seconds, whatever
 
 def _parse(path: Path, raw: bytes) -> dict[Group, dict[int, Point]]:
     """The checked rows of a file by what they have in common; an unfinished last line is left out."""
+    if raw.startswith("\t".join(COLUMNS[:7]).encode()) and not raw.startswith(_HEADER.encode()):
+        raise ValueError(f"{path} is a file of an earlier version, without all columns: run labelflip again")
     if not raw.startswith(_HEADER.encode()):
         raise ValueError(f"{path} is not a file of label-flip certificates (its header is not {' '.join(COLUMNS)})")
     try:
