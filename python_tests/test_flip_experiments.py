@@ -88,15 +88,16 @@ def test_features_of_images(mnist, kind, monkeypatch):
     if kind == "simclr":
         small = functools.partial(problems.SimCLR, batch_size=100, width=4)
         monkeypatch.setattr(problems, "SimCLR", small)
-    data = load_features("mnist", kind, 8, data_dir=str(mnist), epochs=1)
-    assert data.x_train.shape == (400, 784 if kind == "pixels" else 8) and data.x_test.shape[0] == 60
-    assert data.y_train.tolist() == [i % 10 for i in range(400)] and data.name == f"mnist-{kind}8"
+    dim = None if kind == "pixels" else 8
+    data = load_features("mnist", kind, dim, data_dir=str(mnist), epochs=1)
+    assert data.x_train.shape == (400, dim or 784) and data.x_test.shape[0] == 60
+    assert data.y_train.tolist() == [i % 10 for i in range(400)] and data.name == f"mnist-{kind}{dim or ''}"
     assert np.isfinite(data.x_train).all() and data.x_train.std() > 0
     if kind == "kmeans":
         assert data.x_train.std(0) == pytest.approx(1, abs=0.02)  # the training images' scale
         with pytest.raises(ValueError, match="multiple of 4"):
             load_features("mnist", "kmeans", 9, data_dir=str(mnist))
-    again = load_features("mnist", kind, 8, data_dir=str(mnist), epochs=1)
+    again = load_features("mnist", kind, dim, data_dir=str(mnist), epochs=1)
     assert again.tag == data.tag
 
 

@@ -94,8 +94,11 @@ def load_features(
         raise ValueError(
             "network features are learnt from other classes, which only mnist17 has: use --features kmeans, ica or pca"
         )
+    if features == "pixels" and dim is not None:
+        raise ValueError("pixels are all of an image's: leave out --dim, or take --features pca")
+    if dim is not None:
+        at_least("dim", dim, 1)
     dim = DIMENSIONS[features] if dim is None else dim
-    at_least("dim", dim or 1, 1)
     source = load_dataset("mnist" if pair else data, data_dir=data_dir, download=download)
     if not pair:
         x_train, y_train, x_test, y_test = source.x_train, source.y_train, source.x_test, source.y_test
@@ -109,7 +112,9 @@ def load_features(
         network = train_feature_network(others, labels, dim=dim or 1, epochs=epochs or 4, seed=seed)
         maps = network_features(network, train), network_features(network, test)
     elif features == "simclr":
-        encoder = train_simclr(train.to(device), SimCLR(epochs=epochs or 200), seed=seed, progress=progress)
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        settings = SimCLR(epochs=epochs or 200, dtype=dtype)
+        encoder = train_simclr(train.to(device), settings, seed=seed, progress=progress)
         raw = [network_features(encoder, x.to(device)).cpu() for x in (train, test)]
         fewer = pca(raw[0], dim or 1, whiten=False)
         maps = fewer(raw[0]), fewer(raw[1])

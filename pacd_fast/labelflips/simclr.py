@@ -1,7 +1,7 @@
 """Image features without labels by SimCLR (Chen et al. 2020): a network that knows two views of one image for the same.
 
 T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A Simple Framework for Contrastive Learning of Visual Representations",
-2020; the settings for CIFAR-10 are of its appendix B.9.  Meant for a GPU: an epoch of CIFAR-10 is 5e13 multiplications.
+2020; the settings for CIFAR-10 are of its appendix B.9.  Meant for a GPU: an epoch of CIFAR-10 is 2e14 multiplications.
 """
 
 from __future__ import annotations
