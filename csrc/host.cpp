@@ -173,6 +173,19 @@ std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Infl
   return {prediction, flips};
 }
 
+// Per rival (rival, margin, harm of the r worst flips, bound on losing the noisy vote after them); see LinearVote.
+std::vector<std::tuple<int64_t, double, double, double>> flip_bounds(Influences alpha, Counts y, double q,
+                                                                     int64_t classes, bool smoothed, int64_t r) {
+  if (alpha.ndim() != 1 || y.ndim() != 1 || y.size() != alpha.size()) throw py::value_error("alpha and y must be [n]");
+  if (r < 0 || r > y.size()) throw py::value_error("r must be in [0, n]");
+  for (py::ssize_t i = 0; i < y.size(); ++i)
+    if (y.data()[i] < 0 || y.data()[i] >= classes) throw py::value_error("labels must be in [0, classes)");
+  LinearVote vote(y.data(), y.size(), LabelNoise(q, classes), smoothed);
+  std::vector<std::tuple<int64_t, double, double, double>> out;
+  for (const LinearVote::Bound& b : vote.bounds(alpha.data(), r)) out.emplace_back(b.rival, b.margin, b.harm, b.miss);
+  return out;
+}
+
 std::pair<double, double> pair_of(Dd x) { return {x.hi, x.lo}; }
 
 const char* simd_level() {
@@ -234,6 +247,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_flips", &flips_of_linear_votes, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"),
         py::arg("smoothed"), py::arg("threads") = 1,
         "(prediction, flips) of the white-box certificate (smoothed) or of the unsmoothed classifier.");
+  m.def("flip_bounds", &flip_bounds, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"),
+        py::arg("smoothed"), py::arg("r"),
+        "What linear_flips decides r flips by: [(rival, margin, harm, miss)], for the tests.");
   m.def("random_bits", &random_bits, py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"),
         py::arg("blocks"), py::arg("samples"), "The uniform words behind the noise: uint32 [samples, blocks, 4].");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
