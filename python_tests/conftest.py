@@ -61,7 +61,8 @@ def _noise_close(ours: Tensor, plain: Tensor) -> None:
 def _noise_out(*args: Any, **options: Any) -> Tensor:
     x, copies = args[0], args[2]
     dtype, layout = options.pop("dtype", x.dtype), options.pop("memory_format", torch.contiguous_format)
-    out = torch.full((x.shape[0] * copies, *x.shape[1:]), torch.nan, dtype=dtype).contiguous(memory_format=layout)
+    shape = (x.shape[0] * copies, *x.shape[1:])
+    out = torch.full(shape, torch.nan, dtype=dtype, device=x.device).contiguous(memory_format=layout)
     return ops.noisy_copies(*args, **options, out=out)
 
 
@@ -112,7 +113,8 @@ def _lattice_close(ours: Tensor, plain: Tensor) -> None:
 def _lattice_out(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     x, copies = args[0], args[2]
     dtype, layout = options.pop("dtype", x.dtype), options.pop("memory_format", torch.contiguous_format)
-    out = torch.full((x.shape[0] * copies, *x.shape[1:]), torch.nan, dtype=dtype).contiguous(memory_format=layout)
+    shape = (x.shape[0] * copies, *x.shape[1:])
+    out = torch.full(shape, torch.nan, dtype=dtype, device=x.device).contiguous(memory_format=layout)
     return ops.lattice_copies(*args, **options, out=out)
 
 
