@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.report import medians, record
 from pacd_fast import _C, models
-from pacd_fast.unrolling import unrolled
+from pacd_fast.bilevel import unrolled
 
 NAME = "surrogates in turn or stacked"
 SURROGATES, BATCH, POISONS, STEPS, RATE = 8, 125, 12, 2, 0.05

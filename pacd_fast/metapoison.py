@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pacd_fast import _C, unfinished, victims
+from pacd_fast.bilevel import unrolled
 from pacd_fast.datasets import Dataset, as_float
 from pacd_fast.losses import at_least, eval_mode, layout, not_negative, positive
 from pacd_fast.poison import Ball, Poison
 from pacd_fast.training import mix, seeded
-from pacd_fast.unrolling import unrolled
 
 __all__ = ["OBJECTIVES", "MetaPoison", "Step", "adversarial_loss", "margin", "metapoison"]
 

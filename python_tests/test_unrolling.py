@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pacd_fast.unrolling import unrolled
+from pacd_fast.bilevel import unrolled
 
 
 def network() -> nn.Module:
