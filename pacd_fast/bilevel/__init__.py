@@ -14,11 +14,11 @@ May import: pacd_fast.arguments.
 
 from pacd_fast.bilevel.conditions import CURVATURES, Composite, FixedPoint, Root
 from pacd_fast.bilevel.hypergradients import hypergradient, implicit
-from pacd_fast.bilevel.rules import SGD, Adam, AdamW, Rule, TorchRule
+from pacd_fast.bilevel.rules import SGD, Adam, AdamW, Rule
 from pacd_fast.bilevel.solvers import SOLVERS, Solved, SolverWarning, WarmStart, solve
 from pacd_fast.bilevel.unrolling import Unrolled, unrolled
 
 __all__ = [
     "CURVATURES", "SGD", "SOLVERS", "Adam", "AdamW", "Composite", "FixedPoint", "Root", "Rule", "Solved",
-    "SolverWarning", "TorchRule", "Unrolled", "WarmStart", "hypergradient", "implicit", "solve", "unrolled",
+    "SolverWarning", "Unrolled", "WarmStart", "hypergradient", "implicit", "solve", "unrolled",
 ]  # fmt: skip

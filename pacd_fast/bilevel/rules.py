@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pacd_fast.arguments import not_negative, positive
 
-__all__ = ["SGD", "Adam", "AdamW", "Rule", "Slots", "TorchRule"]
+__all__ = ["SGD", "Adam", "AdamW", "Rule", "Slots"]
 
 Slots: TypeAlias = Mapping[str, Tensor]
 """What an optimiser remembers of one tensor, by torch.optim's names (momentum_buffer, exp_avg, step); {} at the
@@ -19,7 +19,16 @@ start."""
 
 
 class Rule(Protocol):
-    """An optimiser's step on one tensor; torch operators alone, nothing in place."""
+    """An optimiser's step on one tensor: torch operators alone, nothing in place, differentiable where it is to be.
+
+    torch's own optimisers with `differentiable=True` are no such thing: SGD's momentum begins without its graph there,
+    and Adam's is NaN where a gradient has always been 0.  RMSprop would be::
+
+        class RMSprop:
+            def step(self, weight, gradient, lr, slots):
+                square = 0.01 * gradient.square() + (0.99 * slots["square_avg"] if slots else 0.0)
+                return weight - lr * gradient / (square + 1e-8).sqrt(), {"square_avg": square}
+    """
 
     def step(self, weight: Tensor, gradient: Tensor, lr: float | Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         """The next weight, shaped like the weight, and what is remembered next."""
@@ -93,23 +102,3 @@ class AdamW(Adam):
 
     def step(self, weight: Tensor, gradient: Tensor, lr: float | Tensor, slots: Slots) -> tuple[Tensor, Slots]:
         return self._moved(weight - lr * self.weight_decay * weight, gradient, lr, slots)
-
-
-class TorchRule:
-    """The steps of any torch.optim optimiser that has `differentiable=True`, by that option: RMSprop, Adagrad, NAdam,
-    ...
-
-    Its gradient is NaN where plain autograd's is: at the square root of a second moment that is 0.
-    """
-
-    def __init__(self, optimizer: type[torch.optim.Optimizer], **settings: Any) -> None:
-        """optimizer: the class; settings: its arguments but lr."""
-        self.optimizer, self.settings = optimizer, settings
-
-    def step(self, weight: Tensor, gradient: Tensor, lr: float | Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        moved = weight.clone()
-        moved.grad = gradient
-        one: Any = self.optimizer([moved], lr=lr, differentiable=True, foreach=False, **self.settings)
-        one.state[moved].update({name: slot.clone() for name, slot in slots.items()})
-        one.step()
-        return moved, {name: slot for name, slot in one.state[moved].items() if isinstance(slot, Tensor)}

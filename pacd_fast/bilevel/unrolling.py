@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pacd_fast.arguments import at_least, positive
+from pacd_fast.bilevel.conditions import gradients
 from pacd_fast.bilevel.rules import SGD, Rule, Slots
 from pacd_fast.bilevel.trees import Arguments, Tree, leaves, rebuilt
 
@@ -46,7 +47,7 @@ class _Step:
 
     weights: list[Tensor]
     slots: list[Slots]
-    slopes: tuple[Tensor, ...]
+    slopes: list[Tensor]
 
 
 def unrolled(
@@ -83,9 +84,9 @@ def unrolled(
             them.
         lr: a number; a tensor, [] or [steps]; or a tree like inner, of tensors that broadcast to inner's.  Tensors have
             a gradient.
-        rule: `SGD(momentum, nesterov, weight_decay)` (the default, without momentum), `Adam`, `AdamW`, `TorchRule`, or
-            any `Rule`.
-        state: what the rule remembers, a dict for each tensor of inner (torch.optim's state has the same names).
+        rule: `SGD(momentum, nesterov, weight_decay)` (the default, without momentum), `Adam`, `AdamW`, or any `Rule`.
+        state: what the rule remembers, a dict for each tensor of inner; torch's own will do:
+            [optimizer.state[p] for p in module.parameters()].
         initial: also the gradient with respect to inner_0: the first step is then differentiated twice, like the
             others.
         checkpoint: True keeps the weights of every sqrt(T)-th step and the graphs of sqrt(T) steps, which are evaluated
@@ -110,10 +111,12 @@ def unrolled(
     def taken(t: int, weights: list[Tensor], slots: list[Slots]) -> tuple[_Step, list[Tensor], list[Slots]]:
         """Step t, with a graph of its own, and where it leads."""
         at = [w.detach().requires_grad_() for w in weights]
-        value = arguments.call(lowers[t], u, at)
-        g = torch.autograd.grad(value, at, create_graph=True, allow_unused=True, materialize_grads=True)
+        g = gradients(arguments.call(lowers[t], u, at), at, create_graph=True)
         with torch.no_grad():
-            moved = [rule.step(w, d, rates(t, i), s) for i, (w, d, s) in enumerate(zip(at, g, slots, strict=True))]
+            moved = [
+                rule.step(w.detach(), d.detach(), rates.at(t, i, rates.tensors), s)
+                for i, (w, d, s) in enumerate(zip(at, g, slots, strict=True))
+            ]
         return _Step(at, slots, g), [w for w, _ in moved], [s for _, s in moved]
 
     with torch.no_grad():
@@ -169,6 +172,7 @@ def _back(
     """Back through the rule alone: gradients of a step's results to those of its weights, slopes, slots, and of lr."""
     weights = [w.detach().requires_grad_() for w in step.weights]
     slopes = [g.detach().requires_grad_() for g in step.slopes]
+    lrs = [rate.detach().requires_grad_() for rate in rates.tensors]
     slots: list[dict[str, Tensor]] = [
         {name: slot if name == "step" else slot.detach().requires_grad_() for name, slot in each.items()}
         for each in step.slots
@@ -176,13 +180,13 @@ def _back(
     places = [(i, name) for i, each in enumerate(slots) for name in each if name != "step"]
     results, along = [], []
     for i, (w, g, s) in enumerate(zip(weights, slopes, slots, strict=True)):
-        moved, remembered = rule.step(w, g, rates(t, i), s)
+        moved, remembered = rule.step(w, g, rates.at(t, i, lrs), s)
         names = [name for name in of_slots[i] if remembered[name].requires_grad]
         results += [moved, *(remembered[name] for name in names)]
         along += [of_weights[i], *(of_slots[i][name] for name in names)]
-    inputs = [*weights, *slopes, *rates.tensors, *(slots[i][name] for i, name in places)]
+    inputs = [*weights, *slopes, *lrs, *(slots[i][name] for i, name in places)]
     found = _along(results, inputs, along)
-    n, end = len(weights), 2 * len(weights) + len(rates.tensors)
+    n, end = len(weights), 2 * len(weights) + len(lrs)
     earlier: list[dict[str, Tensor]] = [{} for _ in slots]
     for (i, name), gradient in zip(places, found[end:], strict=True):
         earlier[i][name] = gradient
@@ -190,7 +194,7 @@ def _back(
 
 
 class _Rates:
-    """The learning rate of every step and tensor; tensors: those that lr was given as, which require grad."""
+    """The learning rate of every step and tensor; tensors: those that lr was given as."""
 
     def __init__(self, lr: float | Tree, steps: int, weights: list[Tensor]) -> None:
         self.number, self.each_step, self.tensors = lr, False, []
@@ -204,14 +208,14 @@ class _Rates:
                 raise ValueError(f"lr holds {len(self.tensors)} tensors and inner {len(weights)}: give one for each")
             for rate in self.tensors:
                 positive("lr", float(rate.min()))
-                rate.requires_grad_()
         else:
             positive("lr", lr)
 
-    def __call__(self, step: int, i: int) -> float | Tensor:
-        if not self.tensors:
+    def at(self, step: int, i: int, tensors: list[Tensor]) -> float | Tensor:
+        """That of a step and a tensor, tensors: those of lr, or leaves of their values."""
+        if not tensors:
             return self.number
-        rate = self.tensors[i if len(self.tensors) > 1 else 0]
+        rate = tensors[i if len(tensors) > 1 else 0]
         return rate[step] if self.each_step else rate
 
 
@@ -220,9 +224,9 @@ def _checked(state: Sequence[Slots], weights: list[Tensor]) -> list[Slots]:
         raise ValueError(f"state holds {len(state)} dicts and inner {len(weights)} tensors: give one for each")
     for slots, w in zip(state, weights, strict=True):
         for name, slot in slots.items():
-            if slot.numel() not in (1, w.numel()):
+            if slot is not None and slot.numel() not in (1, w.numel()):
                 raise ValueError(f"state's {name} must have the shape of its tensor, {tuple(w.shape)}")
-    return [{name: slot.detach() for name, slot in each.items()} for each in state]
+    return [{name: slot.detach() for name, slot in each.items() if slot is not None} for each in state]
 
 
 def _detached(tree: Tree, name: str) -> list[Tensor]:
