@@ -240,6 +240,46 @@ def test_an_unsolved_system_warns_in_backward():
         answer.sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"damping": LOG_L2.exp()}, "damping is a number, not a tensor"),
+        ({"solver": "lu"}, "unknown solver 'lu'"),
+        ({"curvature": "fisher"}, "unknown curvature 'fisher'"),
+        ({"solver": "adam", "preconditioner": lambda r: r}, "adam takes no preconditioner"),
+    ],
+)
+def test_bad_arguments_are_refused_before_backward(settings, message):
+    with pytest.raises(ValueError, match=message):
+        implicit(lower, (Y, LOG_L2), ridge(Y, LOG_L2), **settings)
+
+
+def test_a_regulariser_left_to_damping_is_refused_in_backward():
+    log_l2 = LOG_L2.clone().requires_grad_()
+    without = lambda u, w: (X @ w - u[0]).square().mean()  # noqa: E731
+    answer = implicit(without, (Y, log_l2), ridge(Y, LOG_L2), damping=2 * float(LOG_L2.exp()))
+    with pytest.raises(ValueError, match="lower does not depend on outer"):
+        answer.sum().backward()
+    y = Y.clone().requires_grad_()
+    answer = implicit(without, (y, log_l2), ridge(Y, LOG_L2), damping=2 * float(LOG_L2.exp()))
+    with pytest.raises(ValueError, match="tensor 1 of outer has no part in lower, and damping"):
+        answer.sum().backward()
+    answer = implicit(without, (y, LOG_L2), ridge(Y, LOG_L2), damping=2 * float(LOG_L2.exp()))
+    answer.sum().backward()  # a tensor that wants no gradient may be elsewhere
+    assert bool(y.grad.isfinite().all())
+
+
+def test_the_residual_of_bfloat16_products_is_of_full_precision():
+    x = torch.randn(512, 8, generator=DRAW)
+    memory, y = WarmStart(), torch.randn(512, generator=DRAW).requires_grad_()
+    on_y = lambda y, w: (F.linear(x, w).squeeze(1) - y).square().mean()  # noqa: E731
+    w = torch.linalg.lstsq(x, y.detach().unsqueeze(1)).solution.T
+    implicit(on_y, y, w, dtype=torch.bfloat16, tolerance=1e-2, warm_start=memory).sum().backward()
+    assert memory.solved is not None
+    left = 2 * x.T @ (x @ memory.solved.q) / 512 - 1
+    assert memory.solved.residual == pytest.approx(float(left.norm() / 8**0.5), rel=1e-3)
+
+
 def test_the_examples_of_the_docstrings():
     import pacd_fast.bilevel.hypergradients as module
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pacd_fast.bilevel.conditions import CURVATURES, FixedPoint, Root, filled, gradients, linearised
-from pacd_fast.bilevel.solvers import ONE_MATRIX_ONLY, SYMMETRIC_ONLY, Product, Solved, Solver, WarmStart, solve
+from pacd_fast.bilevel.solvers import ONE_MATRIX_ONLY, SYMMETRIC_ONLY, Product, Solved, Solver, WarmStart, check, solve
 from pacd_fast.bilevel.trees import Arguments, Tree, flat, leaves, rebuilt
 
 __all__ = ["hypergradient", "implicit"]
@@ -144,7 +144,7 @@ def implicit(
     which torch.func.functional_call takes.
 
     Raises:
-        ValueError: see `hypergradient`; what concerns the linear system is raised by `backward()`.
+        ValueError: see `hypergradient`; what only the linear system shows is raised by `backward()`.
         RuntimeError: in `backward(create_graph=True)`: it can be differentiated once.
     """
     known, v = leaves(outer, "outer"), leaves(inner, "inner")
@@ -199,6 +199,8 @@ class _Problem:
         self.minibatches = isinstance(self.lower, Iterable) and not callable(self.lower)
         if not (callable(self.lower) or self.minibatches or isinstance(self.lower, (FixedPoint, Root))):
             raise ValueError(f"lower must be a loss (outer, inner) -> scalar, not a {type(self.lower).__name__}")
+        names = ("steps", "tolerance", "damping", "preconditioner")
+        check(self.settings["solver"] or "minres", **{name: self.settings[name] for name in names})
         self.arguments = Arguments(self.outer, self.inner, options=self.noise)
         self.solver_name = ""
 
@@ -221,6 +223,8 @@ class _Problem:
                 left = mean(system.product(found.q)) + settings["damping"] * found.q - b
             residual = float(left.norm() / b.norm())
             found = dataclasses.replace(found, residual=residual, products=found.products + 1)
+            if isinstance(settings["warm_start"], WarmStart):
+                settings["warm_start"].solved = found
         mixed = system.mixed(found.q)
         self._check(mixed, wanted)
         value = None if system.value is None else mean(system.value)

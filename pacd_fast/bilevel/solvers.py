@@ -55,8 +55,8 @@ class Solved:
             return
         if self.singular:
             message = (
-                f"the linear system is singular and has no solution (residual {self.residual:.3g}): the answer is that "
-                "of least squares and least norm; give lower a regulariser, or damping"
+                f"the linear system is singular to rounding, without a solution (residual {self.residual:.3g}): the "
+                "answer is that of least squares and least norm; give lower a regulariser, or damping"
             )
         else:
             message = (
@@ -209,22 +209,10 @@ def solve(
     Raises:
         ValueError: for an unknown solver or option, steps < 1, damping < 0, or a tolerance out of range.
     """
-    if not callable(solver) and solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: give {', '.join(SOLVERS)}, or a function (product, b) -> q")
-    at_least("steps", steps, 1)
-    if isinstance(damping, Tensor):
-        raise ValueError(
-            "damping is a number, not a tensor: it steadies the solver and has no gradient; a regulariser whose weight "
-            "is in outer belongs into lower"
-        )
-    not_negative("damping", damping)
+    check(solver, steps, tolerance, damping, preconditioner)
     if tolerance is None:
         tolerance = math.sqrt(torch.finfo(b.dtype).eps)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, not {tolerance}")
     if preconditioner is not None:
-        if solver not in PRECONDITIONED:
-            raise ValueError(f"{solver} takes no preconditioner: give {', '.join(PRECONDITIONED)}, or none")
         options["precondition"] = preconditioner
     start = _start(warm_start, b)
     if not bool(b.any()):
@@ -251,6 +239,25 @@ def solve(
     if isinstance(warm_start, WarmStart):
         warm_start.solved = solved
     return solved
+
+
+def check(
+    solver: str | Solver, steps: int, tolerance: float | None, damping: float, preconditioner: Product | None
+) -> None:
+    """Raises the ValueErrors of `solve`."""
+    if not callable(solver) and solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: give {', '.join(SOLVERS)}, or a function (product, b) -> q")
+    at_least("steps", steps, 1)
+    if isinstance(damping, Tensor):
+        raise ValueError(
+            "damping is a number, not a tensor: it steadies the solver and has no gradient; a regulariser whose weight "
+            "is in outer belongs into lower"
+        )
+    not_negative("damping", damping)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, not {tolerance}")
+    if preconditioner is not None and solver not in PRECONDITIONED:
+        raise ValueError(f"{solver} takes no preconditioner: give {', '.join(PRECONDITIONED)}, or none")
 
 
 def _start(warm_start: Tensor | WarmStart | None, b: Tensor) -> Tensor:
