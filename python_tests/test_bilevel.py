@@ -285,15 +285,18 @@ def test_bfloat16_products_accumulate_in_float32():
     draw = torch.Generator().manual_seed(6)
     x, y = torch.randn(4096, 20, generator=draw), torch.randn(4096, generator=draw)
     w = torch.linalg.solve(x.T @ x / 4096 + 0.1 * torch.eye(20), x.T @ y / 4096)
-    lower = Composite(
-        lambda y, w: (F.linear(x, w.unsqueeze(0)).squeeze(1), w),
-        lambda y, z: (z[0] - y).square().mean() + 0.1 * z[1].square().sum(),
-    )
-    for curvature in ("hessian", "gauss-newton"):
+
+    def loss(y: Tensor, z: tuple[Tensor, Tensor]) -> Tensor:
+        assert z[0].dtype == torch.float32  # the network's part alone is in low precision
+        return (z[0] - y).square().mean() + 0.1 * z[1].square().sum()
+
+    lower = Composite(lambda y, w: (F.linear(x, w.unsqueeze(0)).squeeze(1), w), loss)
+    plain = Composite(lower.outputs, lambda y, z: loss(y, (z[0].float(), z[1])))
+    for curvature, problem in (("hessian", plain), ("gauss-newton", lower)):
         answers = {}
         for dtype in (None, torch.bfloat16):
             answers[dtype] = hypergradient(
-                lambda y, w: w.sum(), lower, y, w, curvature=curvature, dtype=dtype, tolerance=1e-2, steps=30,
+                lambda y, w: w.sum(), problem, y, w, curvature=curvature, dtype=dtype, tolerance=1e-2, steps=30,
                 with_solution=True,
             )[:2]  # fmt: skip
         full, low = answers[None][1], answers[torch.bfloat16][1]

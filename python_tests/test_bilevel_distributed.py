@@ -28,7 +28,10 @@ def part(group, rank: int = 0, ranks: int = 1) -> dict[str, object]:
     )
     x, y, x_val, y_val = X[here], Y[here], X_VAL[there], Y_VAL[there]
     w = torch.linalg.solve(X.T @ X / 24 + LOG_L2.exp().diag(), X.T @ Y / 24)
-    lower = Composite(lambda u, w: (x @ w - y, w), lambda u, z: z[0].square().mean() + (u.exp() * z[1].square()).sum())
+    lower = Composite(
+        lambda u, w: (x @ (w * (1 + 0.1 * u)) - y, w),
+        lambda u, z: z[0].square().mean() + (u.exp() * z[1].square()).sum(),
+    )
 
     def upper(u: Tensor, w: Tensor) -> Tensor:
         return (x_val @ w - y_val).square().mean() + 0.1 * u.sum()

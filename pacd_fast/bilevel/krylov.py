@@ -127,11 +127,10 @@ def gmres(
     norm = 0.0
     for _ in range(steps):
         w = a(basis[-1] if precondition is None else precondition(basis[-1]))
-        column = [0.0] * len(basis)
-        for _ in range(2):  # the second pass mends what rounding left of the first
-            for i, each in enumerate(basis):
-                along = float(each.dot(w))
-                column[i], w = column[i] + along, w - along * each
+        column = []
+        for each in basis:
+            column.append(float(each.dot(w)))
+            w = w - column[-1] * each
         column.append(float(w.norm()))
         norm, beta = max(norm, math.hypot(*column)), column[-1]
         for i, (c, s) in enumerate(rotations):

@@ -94,39 +94,35 @@ class _Carrier(nn.Module):
 class Arguments:
     """The trees that a loss is called with, and the loss's value at other values of their leaves.
 
-    A module in a tree is handed on as it is, with its parameters replaced while the function runs; its buffers (batch
-    norm's running statistics) are copies then, and stay as they are.
+    A module in a tree is handed on as it is, with its parameters replaced while the function runs, in the mode (train
+    or eval) that it had at first; its buffers (batch norm's running statistics) are copies, and stay as they are.
     """
 
     def __init__(self, *trees: Tree, options: dict[str, Any] | None = None, dtype: torch.dtype | None = None) -> None:
         """options: keyword arguments of every call; dtype: of matrix products and convolutions (autocast)."""
         self.trees, self.options, self.dtype = trees, options or {}, dtype
-        modules: list[nn.Module] = []
-        for tree in trees:
-            _collect(tree, modules)
-        if len({id(module) for module in modules}) < len(modules):
+        modules = [module for tree in trees for module in _modules(tree)]
+        self.names = {id(module): list(trainable(module)) for module in modules}
+        if len(self.names) < len(modules):
             raise ValueError("one module stands in two places: its parameters cannot be both outer and inner")
+        self.places = [f"held.{i}.{name}" for i, module in enumerate(modules) for name in self.names[id(module)]]
         self.carrier = _Carrier(modules) if modules else None
+        self.modes = [(part, part.training) for module in modules for part in module.modules()]
 
     def call(self, function: Callable[..., Any], *values: Sequence[Tensor]) -> Any:
         """function(*trees) with the leaves of each tree replaced by these values."""
         replaced: list[Tensor] = []
 
         def kept(module: nn.Module, each: Iterator[Tensor]) -> nn.Module:
-            replaced.extend(next(each) for _ in trainable(module))
+            replaced.extend(next(each) for _ in self.names[id(module)])
             return module
 
-        arguments = tuple(
-            _filled(tree, iter(these), kept) for tree, these in zip(self.trees, values, strict=True)
-        )  # fmt: skip
-        with self._precision(values[0][0].device):
+        arguments = tuple(_filled(tree, iter(of_it), kept) for tree, of_it in zip(self.trees, values, strict=True))
+        with self._precision(values[0][0].device), self._modes():
             if self.carrier is None:
                 return function(*arguments, **self.options)
-            names = [
-                f"held.{i}.{name}" for i, module in enumerate(self.carrier.held) for name in trainable(module)
-            ]  # fmt: skip
             state = {name: buffer.clone() for name, buffer in self.carrier.named_buffers()}
-            state |= dict(zip(names, replaced, strict=True))
+            state |= dict(zip(self.places, replaced, strict=True))
             self.carrier.function = function
             return torch.func.functional_call(self.carrier, state, arguments, self.options)
 
@@ -136,13 +132,22 @@ class Arguments:
         # without autocast's cache, whose casts would outlive the graph that they belong to
         return torch.autocast(device.type, self.dtype, cache_enabled=False)
 
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        """A backward pass may come when the module is in eval mode, and the loss was trained in the other."""
+        now = [part.training for part, _ in self.modes]
+        try:
+            for part, mode in self.modes:
+                part.training = mode
+            yield
+        finally:
+            for (part, _), mode in zip(self.modes, now, strict=True):
+                part.training = mode
 
-def _collect(tree: Tree, modules: list[nn.Module]) -> None:
+
+def _modules(tree: Tree) -> Iterator[nn.Module]:
     if isinstance(tree, nn.Module):
-        modules.append(tree)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _collect(item, modules)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            _collect(item, modules)
+        yield tree
+    elif isinstance(tree, (dict, tuple, list)):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from _modules(item)
