@@ -50,7 +50,10 @@ def part(group, rank: int = 0, ranks: int = 1) -> dict[str, object]:
     return result
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+
+
+@pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
 def test_two_ranks_find_what_one_process_finds(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path),

@@ -235,6 +235,26 @@ def test_a_users_solver_and_preconditioner():
         assert memory.solved is not None and memory.solved.residual < 1e-12
 
 
+def test_minibatches_that_begin_anew_in_every_backward():
+    """A list of two losses of half of the data, over and over: as many products, the same gradient."""
+    halves = [lambda u, w, here=here: lower_of(here, u, w) for here in (slice(0, 6), slice(6, 12))]
+    memory, w, found = WarmStart(), ridge(Y, LOG_L2), []
+    for _ in range(2):
+        log_l2 = LOG_L2.clone().requires_grad_()
+        memory.solved = None
+        answer = implicit(halves * 100, (Y, log_l2), w, steps=40, lr=0.1, tolerance=0.0, warm_start=memory)
+        answer.sum().backward()
+        assert memory.solved is not None and memory.solved.products == 41
+        found.append(log_l2.grad)
+    assert torch.equal(*found)
+    exact = hypergradient(lambda u, w: w.sum(), lower, (Y, LOG_L2), w)[1]
+    assert 1e-6 < float((found[0] - exact).abs()) < 0.3 * float(exact.abs())
+
+
+def lower_of(here: slice, outer: tuple[Tensor, Tensor], w: Tensor) -> Tensor:
+    return (X[here] @ w - outer[0][here]).square().mean() + outer[1].exp() * w.square().sum()
+
+
 def test_warm_starts_and_residuals_across_calls():
     memory, products = WarmStart(), []
     for log_l2 in (-1.0, -0.999, -0.998):

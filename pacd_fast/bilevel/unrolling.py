@@ -63,8 +63,7 @@ def unrolled(
     initial: bool = False,
     checkpoint: bool | int = False,
 ) -> Unrolled:
-    """The gradient of upper(outer, inner_T) with respect to outer, through T steps of an optimiser on lower(outer,
-    inner).
+    """d upper(outer, inner_T) / d outer through T steps of an optimiser on lower(outer, inner).
 
     In plain torch, with create_graph so that all of it can be differentiated::
 
