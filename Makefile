@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 DEMO := demo-out
-SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml
+SOURCES := $(wildcard csrc/*.* csrc/*/*.h cmake/*) CMakeLists.txt pyproject.toml
 
 .PHONY: demo test bench lint sanitize clean
 

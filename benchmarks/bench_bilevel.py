@@ -30,6 +30,9 @@ from benchmarks import bilevel_contenders as contenders
 from benchmarks.bilevel_contenders import Problem
 from benchmarks.report import record
 from pacd_fast import bilevel
+from pacd_fast.data import as_float, load_dataset
+from pacd_fast.networks import build
+from pacd_fast.training import Gaussian, fit
 
 CLEAN, POISON, VALIDATION, SIGMA, TARGET = 400, 100, 100, 0.5, 8
 PRODUCTS, RIDGE_PRODUCTS, STEPS = 10, 25, (2, 6, 16)
@@ -37,11 +40,8 @@ PRODUCTS, RIDGE_PRODUCTS, STEPS = 10, 25, (2, 6, 16)
 
 def network_problem(weights: Path) -> Problem:
     """Clean images and poison with fixed noise below, clean validation images of the poisoned class above."""
-    from pacd_fast import datasets, models
-    from pacd_fast.datasets import as_float
-
-    data = datasets.load("mnist5k", validation=1000)
-    network = models.build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
+    data = load_dataset("mnist5k", validation=1000)
+    network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
     network = network.to(memory_format=torch.channels_last)
     network.load_state_dict(torch.load(weights))
     names = [name for name, _ in network.named_parameters()]
@@ -175,15 +175,12 @@ def row(head: str, name: str, values: dict[str, Any], missing: str | None) -> di
 
 
 def main() -> None:
-    from pacd_fast import datasets, models, training
-    from pacd_fast.losses import Gaussian
-
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "network.pt"
         torch.manual_seed(0)
-        network = models.build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
-        data = datasets.load("mnist5k", validation=1000)
-        torch.save(training.fit(network, data, Gaussian(SIGMA), epochs=4).state_dict(), weights)
+        network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
+        data = load_dataset("mnist5k", validation=1000)
+        torch.save(fit(network, data, Gaussian(SIGMA), epochs=4).state_dict(), weights)
         names = list(contenders.IMPLICIT)
         ridge = contest("ridge", names, RIDGE_PRODUCTS, weights)
         large = contest("network", names, PRODUCTS, weights)

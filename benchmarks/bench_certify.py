@@ -20,7 +20,10 @@ from tqdm import tqdm
 
 import pacd_fast
 from benchmarks.report import medians, record
-from pacd_fast import _C, datasets, models, ops, reference
+from pacd_fast import _C, ops
+from pacd_fast.data import as_float, load_dataset
+from pacd_fast.networks import build
+from pacd_fast.ops import reference
 
 N = 100_000
 DEVICE = "cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu"
@@ -28,12 +31,12 @@ DEVICE = "cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" el
 
 def network(dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
     torch.manual_seed(0)
-    model = models.build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)).eval()
+    model = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)).eval()
     return model.to(DEVICE, dtype, memory_format=layout)
 
 
 def image() -> Tensor:
-    return datasets.as_float(datasets.load("mnist5k").x_test[0]).to(DEVICE)
+    return as_float(load_dataset("mnist5k").x_test[0]).to(DEVICE)
 
 
 def published() -> tuple[float, str]:

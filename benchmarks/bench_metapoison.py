@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import medians, record
-from pacd_fast import _C, models
+from pacd_fast import _C
 from pacd_fast.bilevel import unrolled
+from pacd_fast.networks import build
 
 NAME = "surrogates in turn or stacked"
 SURROGATES, BATCH, POISONS, STEPS, RATE = 8, 125, 12, 2, 0.05
@@ -26,7 +27,7 @@ def main() -> None:
 def measured(device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     shape = {"num_classes": 10, "in_channels": 3, "image_size": (32, 32)}
-    networks = [models.build("convnet", **shape).to(device) for _ in range(SURROGATES)]
+    networks = [build("convnet", **shape).to(device) for _ in range(SURROGATES)]
     plain = networks[0]
     names = [name for name, _ in plain.named_parameters()]
     x, y = torch.rand(BATCH, 3, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)

@@ -10,7 +10,8 @@ from scipy.stats import beta
 from statsmodels.stats.proportion import proportion_confint
 
 from benchmarks.report import medians, record
-from pacd_fast import _C, layers, ops
+from pacd_fast import _C, ops
+from pacd_fast.networks import layers
 
 
 def row(

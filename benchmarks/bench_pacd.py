@@ -18,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.report import record
-from pacd_fast import _C, datasets, pacd, reference, training
+from pacd_fast import _C
 from pacd_fast.bilevel import hypergradient
-from pacd_fast.datasets import as_float
-from pacd_fast.losses import Gaussian
+from pacd_fast.data import Dataset, as_float, load_dataset
+from pacd_fast.networks import build
+from pacd_fast.ops import reference
+from pacd_fast.poisoning import Radius, lower_problem
+from pacd_fast.training import Gaussian, fit
 
 CLEAN, POISON, VALIDATION, COPIES, SIGMA, DAMPING = 400, 100, 100, 20, 0.5, 1e-3
 OURS: dict[str, dict[str, Any]] = {
@@ -32,17 +35,16 @@ OURS: dict[str, dict[str, Any]] = {
 PLAIN = "plain: Adam on the normal equations, 20 Hessian products"
 
 
-def start(epochs: int = 4) -> tuple[datasets.Dataset, nn.Module]:
+def start(epochs: int = 4) -> tuple[Dataset, nn.Module]:
     """The embedded digits, and the paper's network after a few epochs."""
-    from pacd_fast import models
 
-    data = datasets.load("mnist5k", validation=1000)
+    data = load_dataset("mnist5k", validation=1000)
     torch.manual_seed(0)
-    network = models.build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
-    return data, training.fit(network, data, Gaussian(SIGMA), epochs=epochs).train()
+    network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
+    return data, fit(network, data, Gaussian(SIGMA), epochs=epochs).train()
 
 
-def batches(data: datasets.Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def batches(data: Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Clean images, poison, labels of both, validation images."""
     of_class, others = data.y_train == 8, data.y_train != 8
     clean, poison = data.x_train[others][:CLEAN], data.x_train[of_class][:POISON]
@@ -50,7 +52,7 @@ def batches(data: datasets.Dataset) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return as_float(clean), as_float(poison), labels, as_float(data.x_val[data.y_val == 8][:VALIDATION])
 
 
-def plain_step(network: nn.Module, data: datasets.Dataset) -> tuple[Tensor, list[Tensor]]:
+def plain_step(network: nn.Module, data: Dataset) -> tuple[Tensor, list[Tensor]]:
     """The hypergradient and the solution q, after ten lower steps."""
     clean, poison, y, x_val = batches(data)
     weights = list(network.parameters())
@@ -96,12 +98,12 @@ def upper_of(network: nn.Module, x_val: Tensor) -> Callable[[Tensor, tuple[Tenso
         def model(x: Tensor) -> Tensor:
             return torch.func.functional_call(network, dict(zip(names, inner, strict=True)), (x,))
 
-        return pacd.Radius(SIGMA, COPIES)(model, x_val, labels, seed=2)
+        return Radius(SIGMA, COPIES)(model, x_val, labels, seed=2)
 
     return cost
 
 
-def our_step(network: nn.Module, data: datasets.Dataset, **settings: Any) -> Tensor:
+def our_step(network: nn.Module, data: Dataset, **settings: Any) -> Tensor:
     """What an outer step of `pacd` does, on the batches of the plain one; the solution q."""
     clean, poison, y, x_val = batches(data)
     loss, images = Gaussian(SIGMA), torch.cat([clean, poison])
@@ -110,7 +112,7 @@ def our_step(network: nn.Module, data: datasets.Dataset, **settings: Any) -> Ten
         optimizer.zero_grad(set_to_none=True)
         loss(network, images, y, seed=step + 10).backward()
         optimizer.step()
-    problem, weights = pacd.lower_problem(network, loss, clean, y, 1, poison)
+    problem, weights = lower_problem(network, loss, clean, y, 1, poison)
     settings = {"curvature": "gauss-newton", "steps": 10, "tolerance": 0.0, **settings}
     _, found, *_ = hypergradient(
         upper_of(network, x_val), problem, poison, weights, damping=DAMPING, with_solution=True, **settings
@@ -118,10 +120,10 @@ def our_step(network: nn.Module, data: datasets.Dataset, **settings: Any) -> Ten
     return found.q
 
 
-def residual(network: nn.Module, data: datasets.Dataset, q: Tensor, curvature: str) -> float:
+def residual(network: nn.Module, data: Dataset, q: Tensor, curvature: str) -> float:
     """||(C + s I) q - b|| / ||b||, C the Hessian or the Gauss-Newton matrix, on the noise that our step solves with."""
     clean, poison, y, x_val = batches(data)
-    problem, weights = pacd.lower_problem(network, Gaussian(SIGMA), clean, y, 1, poison)
+    problem, weights = lower_problem(network, Gaussian(SIGMA), clean, y, 1, poison)
     # one step of Adam that stops at once reports the residual of its start
     _, found, *_ = hypergradient(
         upper_of(network, x_val), problem, poison, weights, solver="adam", curvature=curvature, damping=DAMPING,

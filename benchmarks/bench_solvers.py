@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import record
-from pacd_fast import certify, datasets, models, pacd, plots, training
-from pacd_fast.datasets import as_float
-from pacd_fast.losses import Gaussian
-from pacd_fast.poison import Poison
-from pacd_fast.summary import mean_and_deviation
+from pacd_fast import certify
+from pacd_fast.data import Dataset, as_float, load_dataset, random_subset
+from pacd_fast.experiments import plots
+from pacd_fast.networks import build
+from pacd_fast.poisoning import PRESETS, Ball, Pacd, Recipe, pacd
+from pacd_fast.tables import mean_and_deviation
+from pacd_fast.training import Gaussian, fit
 
 SIGMA, TARGET, IMAGES = 0.5, 8, 100
 SOLVERS = {
@@ -29,17 +31,17 @@ SOLVERS = {
     "minres, Hessian": {"solver": "minres", "curvature": "hessian"},
     "adam, Hessian (the authors')": {"solver": "adam", "curvature": "hessian"},
 }
-PICTURE = Path(__file__).parent / "pacd-solvers.png"
+PICTURE = Path(__file__).parent / "figures" / "pacd-solvers.png"
 
 
-def radii(data: datasets.Dataset, victims: int) -> list[float]:
+def radii(data: Dataset, victims: int) -> list[float]:
     """The ACR of the target class, a victim each."""
-    chosen = datasets.random_subset(data.y_test, TARGET, IMAGES, 0)
+    chosen = random_subset(data.y_test, TARGET, IMAGES, 0)
     x, found = as_float(data.x_test[chosen]), []
     for seed in range(100, 100 + victims):
         torch.manual_seed(seed)
-        model = models.build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
-        training.fit(model, data, Gaussian(SIGMA), epochs=40, seed=seed)
+        model = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
+        fit(model, data, Gaussian(SIGMA), epochs=40, seed=seed)
         each = certify(model, x, num_classes=10, sigma=SIGMA, n=1000, seed=seed, batch_size=256)
         found.append(float((each.radius * (each.prediction == TARGET)).mean()))
     return found
@@ -47,16 +49,14 @@ def radii(data: datasets.Dataset, victims: int) -> list[float]:
 
 def main(seconds: float = 120, victims: int = 3) -> None:
     torch.set_num_threads(1)
-    pacd.clock = time.process_time
-    data = datasets.load("mnist5k", validation=500)
+    data = load_dataset("mnist5k", validation=500)
     clean, rows, picture = radii(data, victims), [], {}
     print(f"clean {mean_and_deviation(clean, '.3f')}", flush=True)
     for name, settings in SOLVERS.items():
-        preset = pacd.PRESETS["mnist-small"].recipe.__dict__
-        recipe = pacd.Recipe(**{**preset, "epochs": 10_000, **settings})
-        made: Poison = pacd.pacd(
-            data, Gaussian(SIGMA), target_class=TARGET, epsilon=0.1, recipe=recipe, max_seconds=seconds
-        )
+        preset = PRESETS["mnist-small"].recipe.__dict__
+        recipe = Recipe(**{**preset, "epochs": 10_000, **settings})
+        attack = Pacd(Gaussian(SIGMA), TARGET, Ball(0.1), recipe=recipe)
+        made = pacd(data, attack, max_seconds=seconds, clock=time.process_time)
         left = radii(made.apply(data), victims)
         picture[name] = {"ACR": left}
         rows.append(

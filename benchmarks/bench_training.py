@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.report import medians, record
-from pacd_fast import _C, models, ops, reference
-from pacd_fast.losses import Gaussian, Macer, SmoothAdv, layout
-from pacd_fast.training import fit
+from pacd_fast import _C, ops
+from pacd_fast.networks import build
+from pacd_fast.ops import reference
+from pacd_fast.training import Gaussian, Macer, SmoothAdv, fit, layout
 
 SHAPES = {"mnist-cnn": (1, 28, 28), "resnet20": (3, 32, 32)}
 EPOCH = {"mnist-cnn": 55_000, "resnet20": 45_000}
@@ -30,7 +31,7 @@ METHODS: dict[str, Any] = {"gaussian": Gaussian(0.5), "macer": Macer(0.5), "smoo
 def prepared(network: str, count: int, device: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     shape = SHAPES[network]
-    model = models.build(network, num_classes=10, in_channels=shape[0], image_size=shape[1:]).to(device)
+    model = build(network, num_classes=10, in_channels=shape[0], image_size=shape[1:]).to(device)
     images, y = torch.randint(256, (count, *shape), dtype=torch.uint8), torch.randint(10, (count,))
     return model, images.to(device), y.to(device)
 

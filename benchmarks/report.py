@@ -1,10 +1,8 @@
-"""Timing side by side, results.json, and the tables that README takes from it."""
+"""Timing side by side, results.json, and the pages that take their tables from it: python -m benchmarks.report."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from datetime import date
@@ -13,8 +11,11 @@ from typing import Any
 
 import torch
 
+from pacd_fast.experiments import machine, write_table
+from pacd_fast.tables import markdown
+
 RESULTS = Path(__file__).parent / "results.json"
-README = Path(__file__).parent.parent / "README.md"
+PAGES = (Path(__file__).parent / "README.md", Path(__file__).parent.parent / "README.md")
 
 
 def medians(functions: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2) -> dict[str, float]:
@@ -31,52 +32,36 @@ def medians(functions: dict[str, Callable[[], object]], rounds: int = 15, warmup
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-def machine(device: str = "cpu") -> str:
-    """The device in words: model, cores, threads in use."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table; floats get three digits."""
-
-    def cell(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    head = list(rows[0])
-    cells = [head, *([cell(row[key]) for key in head] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
 def record(name: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
     """Prints the rows, puts them into results.json under (name, device), and renews README's tables."""
-    where = machine(device)
-    print(f"\n{name} ({where}, torch {torch.__version__}, {date.today()})\n{table(rows)}", flush=True)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    key = name if device == "cpu" else f"{name} on {device}"
-    results[key] = {"machine": where, "torch": torch.__version__, "date": str(date.today()), "rows": rows}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    renew_readme(results)
+    print(f"\n{name} ({machine(device)}, torch {torch.__version__}, {date.today()})\n{markdown(rows)}", flush=True)
+    write_table(RESULTS, name if device == "cpu" else f"{name} on {device}", rows, device)
+    renew(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
-def renew_readme(results: dict[str, Any]) -> None:
-    """Rewrites what stands between <!-- results: NAME --> and <!-- end --> in README, for every NAME recorded."""
-    text = README.read_text(encoding="utf-8")
-    for name, result in results.items():
-        start = f"<!-- results: {name} -->"
-        if start not in text:
-            continue
-        before, rest = text.split(start, 1)
-        after = rest.split("<!-- end -->", 1)[1]
-        note = f"{result['machine']}, torch {result['torch']}, {result['date']}"
-        text = f"{before}{start}\n{table(result['rows'])}\n\n{note}\n<!-- end -->{after}"
-    README.write_text(text, encoding="utf-8")
+def renew(results: dict[str, Any]) -> None:
+    """Rewrites what stands between <!-- results: NAME --> and <!-- end --> in the pages, for every NAME recorded."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, result in results.items():
+            start = f"<!-- results: {name} -->"
+            for part in range(text.count(start)):
+                before, rest = split_at(text, start, part)
+                after = rest.split("<!-- end -->", 1)[1]
+                text = f"{before}{start}\n{shown(result)}\n<!-- end -->{after}"
+        page.write_text(text, encoding="utf-8")
+
+
+def shown(result: dict[str, Any]) -> str:
+    """A table of the results file as it stands in a page."""
+    return f"{markdown(result['rows'])}\n\n{result['machine']}, torch {result['torch']}, {result['date']}"
+
+
+def split_at(text: str, mark: str, occurrence: int) -> tuple[str, str]:
+    """What comes before and after the given occurrence of a mark."""
+    parts = text.split(mark)
+    return mark.join(parts[: occurrence + 1]), mark.join(parts[occurrence + 1 :])
+
+
+if __name__ == "__main__":
+    renew(json.loads(RESULTS.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-// The pybind11 module pacd_fast._C: the certification loop, bound tables, known answers, build information.
+// The pybind11 module pacd_fast._C: bindings of what is no tensor operator, and what the build and the process are.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,17 +7,16 @@
 #include <malloc.h>
 #endif
 
-#include <algorithm>
-#include <atomic>
-#include <stdexcept>
-#include <string>
-#include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "flips.h"
-#include "kernels.h"
-#include "soft.h"
+#include "certification.h"
+#include "kernels/flips.h"
+#include "kernels/lattice.h"
+#include "math/lattice_errors.h"
+#include "math/normal.h"
+#include "certification/bindings.h"
 
 namespace py = pybind11;
 
@@ -26,94 +25,27 @@ namespace {
 
 using Counts = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-// What is drawn next: samples [first, first + count) of an image on a stream (0 selection, 1 estimation).
-using Piece = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// (prediction, selected class, p_lower, radius).
+std::tuple<int64_t, int64_t, double, double> issue(const Certification& certification, Counts selection,
+                                                   Counts estimation) {
+  if (selection.ndim() != 1 || estimation.ndim() != 1 || selection.size() != estimation.size())
+    throw py::value_error("votes must be two vectors with one number per class");
+  const Certificate certificate = certification.issue(selection.data(), estimation.data(), selection.size());
+  return {certificate.prediction, certificate.selected, certificate.p_lower, certificate.radius};
+}
 
-// CERTIFY of Cohen et al. 2019 for many images that share batches.  It plans which samples to draw, knows which images
-// are complete, and turns their votes into certificates; it never sees an image, a model or a device.
-class Certification {
- public:
-  Certification(int64_t images, int64_t n0, int64_t n, double alpha, double sigma)
-      : images_(images), samples_{n0, n}, alpha_(alpha), sigma_(sigma) {
-    if (images < 0 || n0 < 0 || n < 1) throw py::value_error("images and n0 must not be negative, n must be positive");
-    if (!in_range(0, n, alpha)) throw py::value_error("n must be below 2^31 and alpha in [1e-200, 1 - 2^-20]");
-    if (!(sigma > 0.0 && std::isfinite(sigma))) throw py::value_error("sigma must be positive and finite");
-  }
-
-  // The next rows, at most `rows` of them: whole images in order, each its selection samples, then its estimation
-  // samples.  Streams differ, so the two never share a sample.  Empty when all is planned.
-  std::vector<Piece> plan(int64_t rows) {
-    if (rows < 1) throw py::value_error("rows must be positive");
-    std::vector<Piece> pieces;
-    while (rows > 0 && image_ < images_) {
-      const int64_t count = std::min(rows, samples_[stream_] - next_);
-      if (count > 0) pieces.emplace_back(image_, stream_, next_, count);
-      rows -= count;
-      next_ += count;
-      if (next_ == samples_[stream_]) {
-        next_ = 0;
-        if (++stream_ == 2) {
-          stream_ = 0;
-          ++image_;
-        }
-      }
-    }
-    return pieces;
-  }
-
-  // Images [0, planned()) have all their samples planned.
-  int64_t planned() const { return image_; }
-
-  // (selected class, p_lower, radius) of one image from its votes; the class is -1 with radius 0 where it abstains.
-  std::tuple<int64_t, int64_t, double, double> issue(Counts selection, Counts estimation) const {
-    if (selection.ndim() != 1 || estimation.ndim() != 1 || selection.size() != estimation.size() || selection.size() < 1)
-      throw py::value_error("votes must be two vectors with one number per class");
-    const int64_t* chosen = selection.data();
-    const int64_t* votes = estimation.data();
-    const int64_t classes = selection.size();
-    int64_t sums[2] = {0, 0};
-    for (int64_t c = 0; c < classes; ++c) {
-      sums[0] += chosen[c];
-      sums[1] += votes[c];
-    }
-    if (sums[0] != samples_[0] || sums[1] != samples_[1]) throw py::value_error("votes do not add up to n0 and n");
-    const int64_t top = std::max_element(chosen, chosen + classes) - chosen;
-    const double p_lower = clopper_pearson_lower(votes[top], samples_[1], alpha_);
-    if (!(p_lower > 0.5)) return {-1, top, p_lower, 0.0};
-    const double radius = product_down(sigma_, normal_quantile(p_lower, false));
-    return {top, top, p_lower, std::max(radius, 0.0)};
-  }
-
- private:
-  int64_t images_;
-  int64_t samples_[2];
-  double alpha_, sigma_;
-  int64_t image_ = 0, stream_ = 0, next_ = 0;
-};
-
-// Bounds for k = 0..n.
-py::array_t<double> clopper_pearson_table(int64_t n, double alpha, bool upper) {
+py::array_t<double> bound_table(int64_t n, double alpha, bool upper) {
   if (!in_range(0, n, alpha)) throw py::value_error("n must be in [1, 2^31) and alpha in [1e-200, 1 - 2^-20]");
   py::array_t<double> table(n + 1);
   double* bounds = table.mutable_data();
   py::gil_scoped_release release;
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    constexpr int64_t chunk = 256;
-    for (int64_t begin = next.fetch_add(chunk); begin <= n; begin = next.fetch_add(chunk)) {
-      for (int64_t k = begin; k <= std::min(n, begin + chunk - 1); ++k)
-        bounds[k] = upper ? clopper_pearson_upper(k, n, alpha) : clopper_pearson_lower(k, n, alpha);
-    }
-  };
-  std::vector<std::thread> threads;
-  for (unsigned i = 1; i < std::thread::hardware_concurrency() && n > 1024; ++i) threads.emplace_back(work);
-  work();
-  for (std::thread& thread : threads) thread.join();
+  clopper_pearson_table(n, alpha, upper, bounds);
   return table;
 }
 
 // The bits that noise is made of: `count` words of one image on one stream, sample after sample, `blocks` blocks each.
-py::array_t<uint32_t> random_bits(uint64_t seed, uint32_t stream, uint64_t image, uint32_t first, uint32_t blocks, int64_t samples) {
+py::array_t<uint32_t> random_bits(uint64_t seed, uint32_t stream, uint64_t image, uint32_t first, uint32_t blocks,
+                                  int64_t samples) {
   py::array_t<uint32_t> out({samples, static_cast<int64_t>(blocks), int64_t{4}});
   uint32_t* words = out.mutable_data();
   py::gil_scoped_release release;
@@ -139,9 +71,73 @@ py::array_t<float> normals(py::array_t<uint32_t, py::array::c_style | py::array:
   if (words.ndim() != 2 || words.shape(1) != 2) throw py::value_error("words must be [N, 2]");
   py::array_t<float> out({words.shape(0), words.shape(1)});
   for (py::ssize_t i = 0; i < words.shape(0); ++i) {
-    const NormalPair pair = box_muller(words.at(i, 0), words.at(i, 1));
+    const NormalPair pair = BoxMuller::pair(words.at(i, 0), words.at(i, 1));
     out.mutable_at(i, 0) = pair.first;
     out.mutable_at(i, 1) = pair.second;
+  }
+  return out;
+}
+
+using Pixels = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// The evidence for lattice noise; see lattice_errors.h.
+std::pair<double, double> lattice_radius_errors(uint32_t first, uint32_t last, uint32_t stride, int threads) {
+  if (first > last || stride < 1) throw py::value_error("first must not be above last, and stride positive");
+  py::gil_scoped_release release;
+  const RadiusErrors found = radius_errors(first, last, stride, threads);
+  return {found.radius, found.number};
+}
+
+std::pair<double, double> lattice_angle_errors(uint32_t eighth, uint32_t stride, int threads) {
+  if (eighth > 7 || stride < 1) throw py::value_error("eighth must be in [0, 8), and stride positive");
+  py::gil_scoped_release release;
+  const AngleErrors found = angle_errors(eighth, stride, threads);
+  return {found.error, found.size};
+}
+
+py::dict lattice_cell_errors(Pixels x, float sigma, double step, double offset, uint64_t seed, int64_t samples,
+                             int threads) {
+  CellErrors found;
+  {
+    const float* pixels = x.data();
+    const int64_t elements = x.size();
+    py::gil_scoped_release release;
+    found = cell_errors(Lattice(sigma, step, offset), pixels, elements, sigma, seed, samples, threads);
+  }
+  py::dict result;
+  result["cells"] = found.cells;
+  result["open"] = found.open;
+  result["near"] = found.near;
+  result["voids"] = found.voids;
+  result["wrong_quick"] = found.wrong_quick;
+  result["wrong_exact"] = found.wrong_exact;
+  result["quick_share"] = found.quick_share;
+  result["exact_share"] = found.exact_share;
+  return result;
+}
+
+// Samples first, first + 1, ... of one image, float32 [samples, elements], by the kernel's code for single elements and
+// without SIMD.
+py::array_t<float> lattice_points(Pixels x, float sigma, double step, double offset, uint64_t seed, uint32_t stream,
+                                  int64_t image, int64_t first, int64_t samples) {
+  const int64_t elements = x.size();
+  py::array_t<float> out({samples, elements});
+  Lattice lattice(sigma, step, offset);
+  std::vector<float> whole(elements), part(elements);
+  std::vector<uint8_t> voids(samples);
+  const PlacePixels place{x.data(), &lattice, whole.data(), part.data(), elements, elements, 1};
+  for (int64_t item = 0; item * tile_size < elements; ++item) place(item);
+  const LatticeCopies<float> kernel{x.data(),     whole.data(), part.data(), &lattice, out.mutable_data(),
+                                    voids.data(), &image,       samples,     first,    elements,
+                                    1,            elements,     seed,        stream,   false};
+  for (int64_t r = 0; r < samples; ++r) {
+    const auto row = kernel.row(r);
+    for (int64_t e = 0; e < elements; ++e) {
+      float number[tile_size / tile_lanes];
+      const auto block = static_cast<uint32_t>(e / tile_size * tile_lanes + e % tile_lanes);
+      four_normals<BoundedBoxMuller>(random_words(row.key, block), number, 1);
+      kernel.put(row, e, number[e % tile_size / tile_lanes]);
+    }
   }
   return out;
 }
@@ -159,9 +155,11 @@ py::array_t<double> flip_table(double q, int64_t classes, int64_t r_max, double 
 
 using Influences = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
-std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Influences alpha, Counts y, double q, int64_t classes,
-                                                                            bool smoothed, int threads) {
-  if (alpha.ndim() != 2 || y.ndim() != 1 || y.size() != alpha.shape(1)) throw py::value_error("alpha must be [m, n] and y [n]");
+std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Influences alpha, Counts y, double q,
+                                                                            int64_t classes, bool smoothed,
+                                                                            int threads) {
+  if (alpha.ndim() != 2 || y.ndim() != 1 || y.size() != alpha.shape(1))
+    throw py::value_error("alpha must be [m, n] and y [n]");
   for (py::ssize_t i = 0; i < y.size(); ++i)
     if (y.data()[i] < 0 || y.data()[i] >= classes) throw py::value_error("labels must be in [0, classes)");
   const LabelNoise noise(q, classes);
@@ -173,6 +171,19 @@ std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Infl
     linear_flips(rows, alpha.shape(0), y.data(), y.size(), noise, smoothed, classes_out, flips_out, threads);
   }
   return {prediction, flips};
+}
+
+// Per rival (rival, margin, harm of the r worst flips, bound on losing the noisy vote after them); see LinearVote.
+std::vector<std::tuple<int64_t, double, double, double>> flip_bounds(Influences alpha, Counts y, double q,
+                                                                     int64_t classes, bool smoothed, int64_t r) {
+  if (alpha.ndim() != 1 || y.ndim() != 1 || y.size() != alpha.size()) throw py::value_error("alpha and y must be [n]");
+  if (r < 0 || r > y.size()) throw py::value_error("r must be in [0, n]");
+  for (py::ssize_t i = 0; i < y.size(); ++i)
+    if (y.data()[i] < 0 || y.data()[i] >= classes) throw py::value_error("labels must be in [0, classes)");
+  LinearVote vote(y.data(), y.size(), LabelNoise(q, classes), smoothed);
+  std::vector<std::tuple<int64_t, double, double, double>> out;
+  for (const LinearVote::Bound& b : vote.bounds(alpha.data(), r)) out.emplace_back(b.rival, b.margin, b.harm, b.miss);
+  return out;
 }
 
 std::pair<double, double> pair_of(Dd x) { return {x.hi, x.lo}; }
@@ -221,34 +232,70 @@ PYBIND11_MODULE(_C, m) {
   using namespace pacd;
   m.doc() = "The certification loop, bound tables, known answers and build information of pacd_fast.";
   py::class_<Certification>(m, "Certification")
-      .def(py::init<int64_t, int64_t, int64_t, double, double>(), py::arg("images"), py::arg("n0"), py::arg("n"), py::arg("alpha"),
-           py::arg("sigma"))
-      .def("plan", &Certification::plan, py::arg("rows"), "The next [(image, stream, first sample, count)], at most `rows` samples.")
+      .def(py::init<int64_t, int64_t, int64_t, double, double>(), py::arg("images"), py::arg("n0"), py::arg("n"),
+           py::arg("alpha"), py::arg("sigma"))
+      .def("plan", &Certification::plan, py::arg("rows"),
+           "The next [(image, stream, first sample, count)], at most `rows` samples.")
       .def_property_readonly("planned", &Certification::planned, "Images 0..planned-1 have all their samples planned.")
-      .def("issue", &Certification::issue, py::arg("selection"), py::arg("estimation"),
+      .def("issue", &issue, py::arg("selection"), py::arg("estimation"),
            "(prediction or -1, selected class, p_lower, radius) from an image's votes.");
-  m.def("clopper_pearson_table", &clopper_pearson_table, py::arg("n"), py::arg("alpha"), py::arg("upper") = false,
+  m.def("clopper_pearson_table", &bound_table, py::arg("n"), py::arg("alpha"), py::arg("upper") = false,
         "Clopper-Pearson bounds for k = 0..n as float64 [n + 1], rounded outward.");
-  m.def("flip_table", &flip_table, py::arg("q"), py::arg("classes"), py::arg("r_max"), py::arg("log_smallest") = -INFINITY,
+  m.def("flip_table", &flip_table, py::arg("q"), py::arg("classes"), py::arg("r_max"),
+        py::arg("log_smallest") = -INFINITY,
         "log tau(r) for r = 0, 1, ..., rounded down; ends at r_max or with the first entry <= log_smallest.");
-  m.def("linear_flips", &flips_of_linear_votes, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"), py::arg("smoothed"),
-        py::arg("threads") = 1, "(prediction, flips) of the white-box certificate (smoothed) or of the unsmoothed classifier.");
-  m.def("random_bits", &random_bits, py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"), py::arg("blocks"),
-        py::arg("samples"), "The uniform words behind the noise: uint32 [samples, blocks, 4].");
-  m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"), "Philox4x32-10 of four counter words and two key words.");
+  m.def("linear_flips", &flips_of_linear_votes, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"),
+        py::arg("smoothed"), py::arg("threads") = 1,
+        "(prediction, flips) of the white-box certificate (smoothed) or of the unsmoothed classifier.");
+  m.def("flip_bounds", &flip_bounds, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"),
+        py::arg("smoothed"), py::arg("r"),
+        "What linear_flips decides r flips by: [(rival, margin, harm, miss)], for the tests.");
+  m.def("random_bits", &random_bits, py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"),
+        py::arg("blocks"), py::arg("samples"), "The uniform words behind the noise: uint32 [samples, blocks, 4].");
+  m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
+        "Philox4x32-10 of four counter words and two key words.");
   m.def("normals", &normals, py::arg("words"), "Box-Muller of uint32 [N, 2] -> float32 [N, 2].");
-  m.def("exp_negative", [](double x) { const ExpPair p = exp_negative(x); return std::make_pair(p.e, p.g); }, py::arg("x"),
-        "(exp(-x), 1 - exp(-x)) as the label-flip bound computes them, for the tests.");
-  m.def("log_near_one", [](double p) { return log_near_one(p); }, py::arg("p"), "log on [2^-1/2, 2^1/2), for the tests.");
+  m.def(
+      "lattice_constants",
+      [] { return std::make_tuple(first_radius_word, last_radius_word, noise_error, angle_error, further_digits); },
+      "(first, last radius word, bound on float's normal number, on its sine and cosine, stream of further digits).");
+  m.def("lattice_radius_errors", &lattice_radius_errors, py::arg("first"), py::arg("last"), py::arg("stride") = 1,
+        py::arg("threads") = 1,
+        "Worst errors over radius words, for every value of the unread digits: of float's radius, of its normal number.");
+  m.def("lattice_angle_errors", &lattice_angle_errors, py::arg("eighth"), py::arg("stride") = 1, py::arg("threads") = 1,
+        "Worst error of float's sine and cosine over the angle words of an eighth of a turn, and their largest size.");
+  m.def("lattice_cell_errors", &lattice_cell_errors, py::arg("x"), py::arg("sigma"), py::arg("step"), py::arg("offset"),
+        py::arg("seed"), py::arg("samples"), py::arg("threads") = 1,
+        "Cells of samples of x against double-double arithmetic, counted.");
+  m.def("lattice_points", &lattice_points, py::arg("x"), py::arg("sigma"), py::arg("step"), py::arg("offset"),
+        py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"), py::arg("samples"),
+        "Lattice noise of one image, element by element: float32 [samples, elements], for the tests.");
+  m.def("lattice_radius", &exact_radius, py::arg("digits"), "sqrt(-2 log((digits + 1/2) / 2^64)), for the tests.");
+  m.def("lattice_circle", &exact_circle, py::arg("word"), py::arg("further"), py::arg("sine"),
+        "Sine or cosine of an angle word and 32 further digits, for the tests.");
+  m.def(
+      "exp_negative",
+      [](double x) {
+        const ExpPair p = exp_negative(x);
+        return std::make_pair(p.e, p.g);
+      },
+      py::arg("x"), "(exp(-x), 1 - exp(-x)) as the label-flip bound computes them, for the tests.");
+  m.def(
+      "log_near_one", [](double p) { return log_near_one(p); }, py::arg("p"), "log on [2^-1/2, 2^1/2), for the tests.");
   m.def("soft_exp", [](double x) { return soft_exp(x); }, py::arg("x"), "exp(x) for x <= 0 in double, for the tests.");
-  m.def("soft_exp_float", [](float x) { return soft_exp(x); }, py::arg("x"), "exp(x) for x <= 0 in float, for the tests.");
+  m.def(
+      "soft_exp_float", [](float x) { return soft_exp(x); }, py::arg("x"),
+      "exp(x) for x <= 0 in float, for the tests.");
   m.def("log_positive", &log_positive, py::arg("x"), "log of a normal positive double, for the tests.");
-  m.def("quick_quantile", &quick_quantile, py::arg("p"), py::arg("q"), "Phi^-1(p) from p and q = 1 - p, for the tests.");
+  m.def("quick_quantile", &quick_quantile, py::arg("p"), py::arg("q"),
+        "Phi^-1(p) from p and q = 1 - p, for the tests.");
   m.def("exp_dd", [](double hi, double lo) { return pair_of(exp(Dd(hi, lo))); }, "Double-double exp, for the tests.");
   m.def("log_dd", [](double hi, double lo) { return pair_of(log(Dd(hi, lo))); }, "Double-double log, for the tests.");
-  m.def("log_factorial_dd", [](int64_t n) { return pair_of(log_factorial(n)); }, "Double-double log(n!), for the tests.");
+  m.def(
+      "log_factorial_dd", [](int64_t n) { return pair_of(log_factorial(n)); }, "Double-double log(n!), for the tests.");
   m.def("product_down", &product_down, py::arg("sigma"), py::arg("z"), "sigma * z rounded down.");
   m.def("keep_freed_memory", &keep_freed_memory,
         "Tells the C library's malloc to keep freed memory for this process; False where it is not glibc.");
   m.def("build_info", &build_info, "Versions, compilers and the SIMD level in use.");
+  bind_sequential(m);
 }

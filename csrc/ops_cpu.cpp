@@ -1,8 +1,7 @@
-// The operators' schemas, and the CPU executor: torch's threads times compiler-written SIMD.
-#include "narrow_cpu.h"
-#include "ops.h"
-#include "tile_cpu.h"
-#include "winograd_cpu.h"
+// The CPU executor: torch's threads times compiler-written SIMD; and the definitions of all operators.
+#include "kernels/tiles_cpu.h"
+#include "operators/convolutions_cpu.h"
+#include "operators/registry.h"
 
 namespace pacd {
 namespace {
@@ -15,25 +14,28 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
   constexpr int64_t most = 16;   // tiles at a time, so that their numbers stay in the first cache
   alignas(64) float numbers[most * tile_size];
   const RoundKeys rounds(kernel.seed);
+  constexpr typename Kernel::Pairs pairs;
   int64_t r = begin / tiles, first = begin - r * tiles;  // the row, and the tile in it
   for (int64_t i = begin; i < end; ++r, first = 0) {
     const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
     const typename Kernel::Row row = kernel.row(r);
     // The elements before the end of tile `stop`, and how many of them are in the last tile.
-    const auto end_of = [&](int64_t stop) { return stop * tile_size < kernel.elements ? stop * tile_size : kernel.elements; };
+    const auto end_of = [&](int64_t stop) {
+      return stop * tile_size < kernel.elements ? stop * tile_size : kernel.elements;
+    };
     const auto wanted = [&](int64_t stop) { return static_cast<int>(end_of(stop) - (stop - 1) * tile_size); };
     bool written = false;
     if constexpr (Kernel::plain) {  // where they belong at once
       if (!kernel.scattered()) {
         const int64_t at = first * tile_size;
-        draw_tiles(rounds, row.key, first, static_cast<int>(last - first), wanted(last), row.target + at, row.pixels + at,
-                   kernel.sigma);
+        draw_tiles(pairs, rounds, row.key, first, static_cast<int>(last - first), wanted(last), row.target + at,
+                   row.pixels + at, kernel.sigma);
         written = true;
       }
     }
     for (int64_t tile = first; tile < last && !written; tile += most) {
       const int64_t stop = last - tile < most ? last : tile + most;
-      draw_tiles(rounds, row.key, tile, static_cast<int>(stop - tile), wanted(stop), numbers, nullptr, 0.0f);
+      draw_tiles(pairs, rounds, row.key, tile, static_cast<int>(stop - tile), wanted(stop), numbers, nullptr, 0.0f);
       kernel.put_run(row, tile * tile_size, end_of(stop), numbers);
     }
     i += last - first;
@@ -108,17 +110,21 @@ struct Cpu {
   }
 };
 
+// What the CPU alone has.
+constexpr Operator cpu_operators[] = {
+    PACD_OPERATOR(narrow_grad, Cpu),
+    PACD_OPERATOR(convolve3x3, Cpu),
+};
+
 }  // namespace
 }  // namespace pacd
 
 STABLE_TORCH_LIBRARY(pacd_fast, library) {
-  for (const char* schema : pacd::schemas) library.def(schema);
-  library.def(pacd::narrow_schema);
-  library.def(pacd::winograd_schema);
+  pacd::define(library, pacd::operators<pacd::Cpu>);
+  pacd::define(library, pacd::cpu_operators);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CPU, library) {
-  pacd::register_operators<pacd::Cpu>(library);
-  library.impl("narrow_grad", TORCH_BOX(&pacd::narrow_grad<pacd::Cpu>));
-  library.impl("convolve3x3", TORCH_BOX(&pacd::convolve3x3<pacd::Cpu>));
+  pacd::implement(library, pacd::operators<pacd::Cpu>);
+  pacd::implement(library, pacd::cpu_operators);
 }

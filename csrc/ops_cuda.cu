@@ -1,20 +1,13 @@
 // The CUDA executor: a grid-stride launch of any kernel on torch's current stream.
-#include <cuda_runtime.h>
-
-#include "ops.h"
-#include <torch/csrc/stable/accelerator.h>
-
-// In torch 2.11 this lives in a library that a CPU-only torch does not have: looked up when first used.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream) __attribute__((weak));
+#if defined(__CUDACC__)
+#include "launch.h"
+#endif
+#include "operators/registry.h"
 
 namespace pacd {
 namespace {
 
 constexpr int block_size = 256;
-
-void check(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "pacd_fast: ", what, ": ", cudaGetErrorString(status));
-}
 
 template <class Kernel>
 __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_t rows, int64_t tiles) {
@@ -26,7 +19,8 @@ __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_
     const typename Kernel::Row row = kernel.row(r);
     constexpr int numbers = tile_size / tile_lanes;
     float number[numbers];
-    four_normals(random_words(row.key, static_cast<uint32_t>(tile * tile_lanes + lane)), number, 1);
+    four_normals<typename Kernel::Pairs>(random_words(row.key, static_cast<uint32_t>(tile * tile_lanes + lane)), number,
+                                         1);
 #pragma unroll
     for (int j = 0; j < numbers; ++j) {
       const int64_t e = tile * tile_size + j * tile_lanes + lane;
@@ -38,7 +32,8 @@ __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_
 template <class Kernel>
 __global__ void __launch_bounds__(block_size) rows_kernel(Kernel kernel, int64_t rows) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += stride) kernel(row);
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += stride)
+    kernel(row);
 }
 
 // A block is a team: thread l plays lane l, in the order of SerialTeam, so that the bits are those of the CPU.
@@ -46,12 +41,12 @@ struct BlockTeam {
   template <int R, class Step, class Settle, class Join>
   __device__ __forceinline__ void reduce(int64_t n, const double (&start)[R], double (&out)[R], int period, Step step,
                                          Settle settle, Join join) const {
-    __shared__ double lanes[R][kLanes];
+    __shared__ double lanes[R][team_lanes];
     const int lane = static_cast<int>(threadIdx.x);
     double mine[R], other[R];
     for (int r = 0; r < R; ++r) mine[r] = start[r];
     int round = 0;
-    for (int64_t i = lane; i < n; i += kLanes) {
+    for (int64_t i = lane; i < n; i += team_lanes) {
       step(mine, i);
       if (++round == period) {
         settle(mine);
@@ -61,7 +56,7 @@ struct BlockTeam {
     settle(mine);
     __syncthreads();  // everyone has read the last reduction's result
     for (int r = 0; r < R; ++r) lanes[r][lane] = mine[r];
-    for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int half = team_lanes / 2; half > 0; half /= 2) {
       __syncthreads();
       if (lane < half) {
         for (int r = 0; r < R; ++r) other[r] = lanes[r][lane + half];
@@ -75,7 +70,7 @@ struct BlockTeam {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(kLanes) teams_kernel(Kernel kernel, int64_t rows) {
+__global__ void __launch_bounds__(team_lanes) teams_kernel(Kernel kernel, int64_t rows) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) kernel(BlockTeam(), row);
 }
 
@@ -86,7 +81,8 @@ struct LaneSum {
 
   template <class T>
   __device__ bool operator()(T (&part)[1]) const {
-    for (int width = lanes / 2; width > 0; width /= 2) part[0] = part[0] + __shfl_down_sync(mask, part[0], width, lanes);
+    for (int width = lanes / 2; width > 0; width /= 2)
+      part[0] = part[0] + __shfl_down_sync(mask, part[0], width, lanes);
     return threadIdx.x % lanes == 0;
   }
 };
@@ -107,53 +103,44 @@ __global__ void __launch_bounds__(block_size) copies_kernel(Kernel kernel, int64
 struct Cuda {
   static constexpr bool channels_together = false, readable = false;
 
-  static cudaStream_t stream(const Tensor& on) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "pacd_fast: this torch has no CUDA");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
-    return static_cast<cudaStream_t>(stream);
-  }
-
-  // Enough blocks to fill the card several times over; the rest is the grid-stride loop's.
-  static unsigned blocks(int64_t items) {
+  // Enough blocks of threads to fill the card several times over; the rest is the grid-stride loop's.
+  static int64_t blocks(int64_t items) {
     const int64_t wanted = (items + block_size - 1) / block_size;
-    return static_cast<unsigned>(wanted < 132 * 32 ? wanted : 132 * 32);
+    return wanted < 132 * 32 ? wanted : 132 * 32;
   }
 
   template <class Kernel>
   static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor& on) {
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
     const int64_t tiles = (kernel.elements + tile_size - 1) / tile_size;
-    tiles_kernel<<<blocks(rows * tiles * tile_lanes), block_size, 0, stream(on)>>>(kernel, rows, tiles);
-    check(cudaGetLastError(), "launch");
+    launch(tiles_kernel<Kernel>, blocks(rows * tiles * tile_lanes), block_size, on, kernel, rows, tiles);
   }
 
   template <class Kernel>
   static void run_rows(const Kernel& kernel, int64_t rows, int64_t, const Tensor& on) {
-    if (rows == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    rows_kernel<<<blocks(rows), block_size, 0, stream(on)>>>(kernel, rows);
-    check(cudaGetLastError(), "launch");
+    if (rows > 0) launch(rows_kernel<Kernel>, blocks(rows), block_size, on, kernel, rows);
   }
 
   template <class Kernel>
   static void run_teams(const Kernel& kernel, int64_t rows, const Tensor& on) {
-    if (rows == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    teams_kernel<<<static_cast<unsigned>(rows < 132 * 64 ? rows : 132 * 64), kLanes, 0, stream(on)>>>(kernel, rows);
-    check(cudaGetLastError(), "launch");
+    if (rows > 0) launch(teams_kernel<Kernel>, rows < 132 * 64 ? rows : 132 * 64, team_lanes, on, kernel, rows);
   }
 
   template <class Kernel>
   static void run_copies(const Kernel& kernel, int64_t images, const Tensor& on) {
-    if (images == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
-    copies_kernel<<<blocks(images * LaneSum::lanes), block_size, 0, stream(on)>>>(kernel, images);
-    check(cudaGetLastError(), "launch");
+    if (images > 0) launch(copies_kernel<Kernel>, blocks(images * LaneSum::lanes), block_size, on, kernel, images);
   }
 };
 
 }  // namespace
 }  // namespace pacd
 
-STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CUDA, library) { pacd::register_operators<pacd::Cuda>(library); }
+#if defined(__CUDACC__)
+STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CUDA, library) { pacd::implement(library, pacd::operators<pacd::Cuda>); }
+
+// What the driver supports and what this library was built with, each as 1000 * major + 10 * minor; 0 without a driver.
+// The Python loader asks: the runtime in this library needs a driver of its own major version or a later one.
+extern "C" void pacd_cuda_versions(int* driver, int* runtime) {
+  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+  *runtime = CUDART_VERSION;
+}
+#endif

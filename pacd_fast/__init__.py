@@ -5,10 +5,20 @@ from importlib.metadata import version
 __version__ = version("pacd_fast")
 
 from pacd_fast import ops
-from pacd_fast.certify import Certificate, Certificates, Smooth, certify, certify_each, largest_radius, smallest_n
-from pacd_fast.labelflip import FlipCertificates, LabelFlipCertifier
-from pacd_fast.smoothing import SmoothingCertificate, randomized_smoothing_certificate
-from pacd_fast.soft import SoftCertificates, soft_certify
+from pacd_fast.certification import (
+    Certificate,
+    Certificates,
+    Smooth,
+    SmoothingCertificate,
+    SoftCertificates,
+    certify,
+    certify_each,
+    largest_radius,
+    randomized_smoothing_certificate,
+    smallest_n,
+    soft_certify,
+)
+from pacd_fast.labelflips import FlipCertificates, LabelFlipCertifier
 
 __all__ = [
     "Certificate",

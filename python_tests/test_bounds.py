@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast import _C, ops
-from pacd_fast.certify import largest_radius, smallest_n
+from pacd_fast import _C, largest_radius, ops, smallest_n
 
 PRECISION = 220  # bits: 66 digits
 

@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import pacd_fast
-from pacd_fast import reference
-from pacd_fast.models import build
+from pacd_fast.networks import build
+from pacd_fast.ops import reference
 
 
 class Plane(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pacd_fast import checkpoints, models
+from pacd_fast.networks import build, fingerprint, load_checkpoint, save_checkpoint
 
 MNIST = {"num_classes": 10, "in_channels": 1, "image_size": (28, 28)}
 CIFAR = {"num_classes": 10, "in_channels": 3, "image_size": (32, 32)}
@@ -49,27 +49,27 @@ def scrambled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("mean", [None, (0.4914, 0.4822, 0.4465)])
 def test_safetensors_round_trip(tmp_path, mean):
     path = tmp_path / "model.safetensors"
-    model = scrambled(models.build("resnet20", **CIFAR, mean=mean, std=mean and (0.2, 0.3, 0.4)))
+    model = scrambled(build("resnet20", **CIFAR, mean=mean, std=mean and (0.2, 0.3, 0.4)))
     metadata = {**METADATA, "architecture": "resnet20", "in_channels": "3", "image_size": "32x32"}
-    checkpoints.save(path, model, {**metadata, "sigma": "0.5", "data": "cifar10-train@0123456789ab", "epochs": "3"})
-    checkpoint = checkpoints.load(path)
+    save_checkpoint(path, model, {**metadata, "sigma": "0.5", "data": "cifar10-train@0123456789ab", "epochs": "3"})
+    checkpoint = load_checkpoint(path)
     assert same(model, checkpoint.model)
     assert not any(module.training for module in checkpoint.model.modules())
     assert (checkpoint.arch, checkpoint.num_classes, checkpoint.in_channels) == ("resnet20", 10, 3)
     assert (checkpoint.image_size, checkpoint.sigma, checkpoint.data) == ((32, 32), 0.5, "cifar10-train@0123456789ab")
     assert checkpoint.metadata["epochs"] == "3"
-    assert checkpoint.fingerprint == checkpoints.fingerprint(model)
+    assert checkpoint.fingerprint == fingerprint(model)
     assert list(tmp_path.iterdir()) == [path]
     # What the caller knows must agree with what the file says.
-    assert checkpoints.load(path, **CIFAR).num_classes == 10
+    assert load_checkpoint(path, **CIFAR).num_classes == 10
     with pytest.raises(ValueError, match="its num_classes is 10, and 7 was asked for"):
-        checkpoints.load(path, num_classes=7)
+        load_checkpoint(path, num_classes=7)
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step):
     path = tmp_path / "model.safetensors"
-    checkpoints.save(path, models.build("mnist-cnn", **MNIST), METADATA)
+    save_checkpoint(path, build("mnist-cnn", **MNIST), METADATA)
     before = path.read_bytes()
 
     def full(*_):
@@ -77,32 +77,32 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch, step):
 
     monkeypatch.setattr(step, full)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.save(path, models.build("mnist-cnn", **MNIST), METADATA)
+        save_checkpoint(path, build("mnist-cnn", **MNIST), METADATA)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_save_refuses(tmp_path):
-    model = models.build("mnist-cnn", **MNIST)
+    model = build("mnist-cnn", **MNIST)
     with pytest.raises(ValueError, match="needs architecture, image_size"):
-        checkpoints.save(tmp_path / "m", model, {"num_classes": "10", "in_channels": "1"})
+        save_checkpoint(tmp_path / "m", model, {"num_classes": "10", "in_channels": "1"})
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        checkpoints.save(tmp_path / "absent" / "m", model, METADATA)
+        save_checkpoint(tmp_path / "absent" / "m", model, METADATA)
     with pytest.raises(ValueError, match="is a folder"):
-        checkpoints.save(tmp_path, model, METADATA)
+        save_checkpoint(tmp_path, model, METADATA)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_plain_state_dict(tmp_path, prefix, legacy):
-    model = scrambled(models.build("mnist-cnn", **MNIST))
+    model = scrambled(build("mnist-cnn", **MNIST))
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
-    checkpoint = checkpoints.load(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
     assert same(model, checkpoint.model)
     assert checkpoint.sigma is None
     assert checkpoint.data is None
-    with_mean = checkpoints.load(tmp_path / "m.pt", arch="mnist-cnn", **MNIST, mean=(0.1,), std=(0.2,))
+    with_mean = load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST, mean=(0.1,), std=(0.2,))
     x = torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(with_mean.model(x), model.eval()((x - 0.1) / 0.2))
 
@@ -110,11 +110,11 @@ def test_plain_state_dict(tmp_path, prefix, legacy):
 @pytest.mark.parametrize("prefix", ["1.", "1.module.", "module.1."])
 def test_locuslab_checkpoint(tmp_path, prefix):
     """The normalisation layer there has no state, so its constants are the known ones of CIFAR-10."""
-    model = scrambled(models.build("resnet20", **CIFAR))
+    model = scrambled(build("resnet20", **CIFAR))
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     content = {"epoch": 90, "arch": "cifar_resnet20", "state_dict": state, "optimizer": {"state": {}, "lr": 0.1}}
     torch.save(content, tmp_path / "checkpoint.pth.tar")
-    checkpoint = checkpoints.load(tmp_path / "checkpoint.pth.tar")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth.tar")
     assert (checkpoint.arch, checkpoint.num_classes, checkpoint.image_size) == ("resnet20", 10, (32, 32))
     assert same(model, checkpoint.model[1])
     assert checkpoint.model[0].mean.tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
@@ -122,8 +122,8 @@ def test_locuslab_checkpoint(tmp_path, prefix):
     # The same tensors as a plain state_dict do not say how they were normalised.
     torch.save(state, tmp_path / "plain.pt")
     with pytest.raises(ValueError, match="give its mean and std"):
-        checkpoints.load(tmp_path / "plain.pt", arch="resnet20", **CIFAR)
-    given = checkpoints.load(tmp_path / "plain.pt", arch="cifar_resnet20", **CIFAR, mean=(0, 0, 0), std=(1, 1, 1))
+        load_checkpoint(tmp_path / "plain.pt", arch="resnet20", **CIFAR)
+    given = load_checkpoint(tmp_path / "plain.pt", arch="cifar_resnet20", **CIFAR, mean=(0, 0, 0), std=(1, 1, 1))
     assert same(model, given.model[1])
 
 
@@ -132,8 +132,8 @@ def test_locuslab_checkpoint_of_a_network_that_is_not_built_in(tmp_path):
     state = {"1.module." + name: tensor for name, tensor in model.state_dict().items()}
     torch.save({"arch": "resnet50", "state_dict": state}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match="holds the network 'resnet50', which is not built in; give arch"):
-        checkpoints.load(tmp_path / "m.pt", num_classes=3)
-    checkpoint = checkpoints.load(tmp_path / "m.pt", arch=TINY, num_classes=3, mean=(0.1,), std=(0.2,))
+        load_checkpoint(tmp_path / "m.pt", num_classes=3)
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch=TINY, num_classes=3, mean=(0.1,), std=(0.2,))
     assert same(model, checkpoint.model[1])
 
 
@@ -141,20 +141,20 @@ def test_prefixes_of_a_users_own_sequential_are_not_taken_for_wrappers(tmp_path)
     model = scrambled(tiny(3))
     assert set(model.state_dict()) == {"1.weight", "1.bias"}
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    checkpoint = checkpoints.load(tmp_path / "m.pt", arch=TINY, num_classes=3)
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch=TINY, num_classes=3)
     assert same(model, checkpoint.model)
     model = scrambled(with_a_part_named_module(3))
     torch.save(model.state_dict(), tmp_path / "m.pt")
-    checkpoint = checkpoints.load(tmp_path / "m.pt", arch=f"{__name__}:with_a_part_named_module", num_classes=3)
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch=f"{__name__}:with_a_part_named_module", num_classes=3)
     assert same(model, checkpoint.model)
 
 
 def test_a_file_may_not_choose_code_to_run(tmp_path):
     path = tmp_path / "m.safetensors"
-    checkpoints.save(path, tiny(3), {**METADATA, "num_classes": "3", "architecture": TINY})
+    save_checkpoint(path, tiny(3), {**METADATA, "num_classes": "3", "architecture": TINY})
     with pytest.raises(ValueError, match="a file may not choose to run"):
-        checkpoints.load(path)
-    assert checkpoints.load(path, arch=TINY).num_classes == 3
+        load_checkpoint(path)
+    assert load_checkpoint(path, arch=TINY).num_classes == 3
 
 
 class _Bomb:
@@ -167,7 +167,7 @@ def test_pickled_code_is_not_executed(tmp_path):
     for content in (_Bomb(), {"state_dict": {"a": _Bomb()}}):
         torch.save(content, tmp_path / "m.pt")
         with pytest.raises(ValueError, match="not a checkpoint of tensors") as caught:
-            checkpoints.load(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
+            load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
@@ -185,14 +185,14 @@ def bytes_of(content: object) -> bytes:
         (b"garbage, not a model", "not a checkpoint of tensors"),
         (b"\x05\0\0\0\0\0\0\0{}", "not a readable safetensors file"),
         (pickle.dumps([1, 2], protocol=2), "not a checkpoint of tensors"),
-        (bytes_of(models.build("mnist-cnn", **MNIST).state_dict())[:-2000], "not a checkpoint of tensors"),
+        (bytes_of(build("mnist-cnn", **MNIST).state_dict())[:-2000], "not a checkpoint of tensors"),
         (bytes_of({}), "holds no tensors"),
         (bytes_of([torch.ones(2)]), "holds list, not a state_dict"),
         (bytes_of({"net": {"conv1.weight": torch.ones(2)}}), "'net' is dict, not a tensor"),
         (bytes_of({"conv1.weight": torch.ones(2)}), "it lacks conv1.bias and 6 more"),
-        (bytes_of({**models.build("mnist-cnn", **MNIST).state_dict(), "x": torch.ones(2)}), "it has unexpected x"),
+        (bytes_of({**build("mnist-cnn", **MNIST).state_dict(), "x": torch.ones(2)}), "it has unexpected x"),
         (
-            bytes_of(models.build("mnist-cnn", **{**MNIST, "image_size": (32, 32)}).state_dict()),
+            bytes_of(build("mnist-cnn", **{**MNIST, "image_size": (32, 32)}).state_dict()),
             "fc1.weight is [500, 1250] there and [500, 800] here",
         ),
         (bytes_of({"0.scale": torch.ones(1), "1.conv1.weight": torch.ones(1)}), "unexpected 0.scale"),
@@ -202,7 +202,7 @@ def test_bad_files(tmp_path, content, message):
     path = tmp_path / "bad.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        checkpoints.load(path, arch="mnist-cnn", **MNIST)
+        load_checkpoint(path, arch="mnist-cnn", **MNIST)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -210,37 +210,37 @@ def test_bad_files(tmp_path, content, message):
 def test_what_is_missing_is_asked_for(tmp_path):
     path = tmp_path / "m.pt"
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
-        checkpoints.load(path)
+        load_checkpoint(path)
     with pytest.raises(ValueError, match="not a file"):
-        checkpoints.load(tmp_path)
-    torch.save(models.build("mnist-cnn", **MNIST).state_dict(), path)
+        load_checkpoint(tmp_path)
+    torch.save(build("mnist-cnn", **MNIST).state_dict(), path)
     with pytest.raises(ValueError, match="does not say which network it holds"):
-        checkpoints.load(path, **MNIST)
+        load_checkpoint(path, **MNIST)
     with pytest.raises(ValueError, match="does not say how many classes"):
-        checkpoints.load(path, arch="mnist-cnn")
+        load_checkpoint(path, arch="mnist-cnn")
     with pytest.raises(ValueError, match="needs the number of channels"):
-        checkpoints.load(path, arch="mnist-cnn", num_classes=10)
+        load_checkpoint(path, arch="mnist-cnn", num_classes=10)
 
 
 @pytest.mark.parametrize(("key", "text"), [("num_classes", "ten"), ("image_size", "28"), ("sigma", "half")])
 def test_bad_metadata(tmp_path, key, text):
-    save_file(models.build("mnist-cnn", **MNIST).state_dict(), tmp_path / "m", {**METADATA, key: text})
+    save_file(build("mnist-cnn", **MNIST).state_dict(), tmp_path / "m", {**METADATA, key: text})
     with pytest.raises(ValueError, match=f"its metadata has {key} '{text}'"):
-        checkpoints.load(tmp_path / "m")
+        load_checkpoint(tmp_path / "m")
 
 
 def test_fingerprint_sees_names_dtypes_shapes_and_bytes():
     base = tiny(3)
     changed = tiny(3)
     changed.load_state_dict(base.state_dict())
-    assert checkpoints.fingerprint(base) == checkpoints.fingerprint(changed)
-    assert re.fullmatch("[0-9a-f]{12}", checkpoints.fingerprint(base))
+    assert fingerprint(base) == fingerprint(changed)
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint(base))
     renamed = nn.Sequential(nn.Identity(), nn.Flatten(), base[1])
     reshaped = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     reshaped[1].weight = nn.Parameter(base[1].weight.detach().reshape(6, 8))
     reshaped[1].bias = base[1].bias
     with torch.no_grad():
         changed[1].bias[2] = torch.nextafter(changed[1].bias[2], torch.tensor(9.0))
-    prints = {checkpoints.fingerprint(model) for model in (base, changed, renamed, reshaped)}
-    prints.add(checkpoints.fingerprint(base.to(torch.bfloat16)))
+    prints = {fingerprint(model) for model in (base, changed, renamed, reshaped)}
+    prints.add(fingerprint(base.to(torch.bfloat16)))
     assert len(prints) == 5

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast import __main__, checkpoints
-from pacd_fast.__main__ import main
-from pacd_fast.models import build
+from pacd_fast.cli import main, parser
+from pacd_fast.networks import build, load_checkpoint, save_checkpoint
 
 # Certifies in the tests: enough samples that a wrong stream, batch or seed shows, few enough for seconds.
 CERTIFY = ["certify", "--data", "mnist5k", "--sigma", "0.5", "--n", "2000", "--count", "10", "--seed", "7"]
@@ -44,7 +43,7 @@ def checkpoint(tmp_path_factory) -> Path:
         "image_size": "28x28",
         "sigma": "0.5",
     }
-    checkpoints.save(path, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
+    save_checkpoint(path, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
     return path
 
 
@@ -54,7 +53,7 @@ def rows(path: Path) -> list[list[str]]:
 
 
 def weights(path: Path) -> str:
-    return checkpoints.load(path).fingerprint
+    return load_checkpoint(path).fingerprint
 
 
 def process(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
@@ -262,7 +261,8 @@ CERTIFY_BAD = {
     "--max": ["--max", "0"],
     "--shard must be": ["--shard", "half"],
     "--shard i/m": ["--shard", "2/2"],
-    "--count 10: there are 0": ["--target-class", "11"],
+    "has no class '11'": ["--target-class", "11"],
+    "--count 101: there are 100": ["--target-class", "1", "--count", "101"],
     "--count chooses at random": ["--skip", "100"],
     "no CUDA device|CUDA operators": ["--device", "cuda"],
     "unknown device": ["--device", "toaster"],
@@ -292,7 +292,7 @@ def test_bad_certify_is_one_line_and_changes_nothing(message, certified, checkpo
 def test_another_model_is_another_run(certified, tmp_path, capsys):
     other, out = tmp_path / "other.safetensors", tmp_path / "results.tsv"
     metadata = {"architecture": "mnist-cnn", "num_classes": "10", "in_channels": "1", "image_size": "28x28"}
-    checkpoints.save(other, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
+    save_checkpoint(other, build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)), metadata)
     out.write_bytes(certified.read_bytes())
     assert main([*CERTIFY, "--checkpoint", str(other), "--out", str(out)]) == 2
     assert "model is mnist-cnn@" in capsys.readouterr().err and out.read_bytes() == certified.read_bytes()
@@ -337,7 +337,7 @@ def test_memory_does_not_grow_with_n(tmp_path):
     np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     (tmp_path / "small.py").write_text(NETWORK.format(16))
     code = (
-        "import resource, sys; from pacd_fast.__main__ import main; "
+        "import resource, sys; from pacd_fast.cli import main; "
         "assert main(sys.argv[1:]) == 0; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
 
@@ -372,7 +372,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def test_every_help_can_be_printed():
-    found = list(parsers(__main__.parser()))
+    found = list(parsers(parser()))
     assert len(found) > 25
     for each in found:
         text = each.format_help()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast import datasets
+from pacd_fast.data import as_float, load_dataset, random_subset
 
 
 def arrays(shape=(8, 9), train=6, test=4, dtype=np.uint8):
@@ -30,7 +30,7 @@ def write(path, **content):
 
 
 def test_embedded_digits():
-    data = datasets.load("mnist5k", validation=500)
+    data = load_dataset("mnist5k", validation=500)
     assert (data.num_classes, data.in_channels, data.image_size) == (10, 1, (28, 28))
     assert [len(data.split(s)[0]) for s in ("train", "test", "val")] == [3500, 1000, 500]
     for split, each in (("train", 350), ("test", 100), ("val", 50)):
@@ -59,7 +59,7 @@ def test_embedded_digits():
 )
 def test_npz_layouts(tmp_path, shape, channels_last, channels, size):
     content = arrays(shape)
-    data = datasets.load(write(tmp_path / "my data.npz", **content))
+    data = load_dataset(write(tmp_path / "my data.npz", **content))
     assert (data.name, data.in_channels, data.image_size, data.num_classes) == ("my_data", channels, size, 3)
     assert data.x_test.is_contiguous()
     for split in ("train", "test"):
@@ -75,37 +75,37 @@ def test_npz_layouts(tmp_path, shape, channels_last, channels, size):
 def test_npz_ambiguous_layout_is_asked_for(tmp_path, shape):
     content = arrays(shape)
     with pytest.raises(ValueError, match='may be NHWC or NCHW; add the entry layout="NHWC"'):
-        datasets.load(write(tmp_path / "a.npz", **content))
-    data = datasets.load(write(tmp_path / "b.npz", **content, layout="NHWC"))
+        load_dataset(write(tmp_path / "a.npz", **content))
+    data = load_dataset(write(tmp_path / "b.npz", **content, layout="NHWC"))
     assert np.array_equal(data.x_train.numpy(), content["x_train"].transpose(0, 3, 1, 2))
-    data = datasets.load(write(tmp_path / "c.npz", **content, layout="NCHW"))
+    data = load_dataset(write(tmp_path / "c.npz", **content, layout="NCHW"))
     assert np.array_equal(data.x_train.numpy(), content["x_train"])
     with pytest.raises(ValueError, match="must be NHWC or NCHW, got 'CHWN'"):
-        datasets.load(write(tmp_path / "d.npz", **content, layout="CHWN"))
+        load_dataset(write(tmp_path / "d.npz", **content, layout="CHWN"))
 
 
 def test_floats_and_bytes_give_the_same_images(tmp_path):
     content = arrays()
-    as_bytes = datasets.load(write(tmp_path / "a.npz", **content))
+    as_bytes = load_dataset(write(tmp_path / "a.npz", **content))
     content["x_train"], content["x_test"] = content["x_train"] / 255.0, content["x_test"] / 255.0
-    as_floats = datasets.load(write(tmp_path / "b.npz", **content))
+    as_floats = load_dataset(write(tmp_path / "b.npz", **content))
     assert as_floats.x_test.dtype == torch.float32
-    assert torch.equal(datasets.as_float(as_bytes.x_test), as_floats.x_test)
-    assert torch.equal(datasets.as_float(as_floats.x_test), as_floats.x_test)
+    assert torch.equal(as_float(as_bytes.x_test), as_floats.x_test)
+    assert torch.equal(as_float(as_floats.x_test), as_floats.x_test)
     assert as_bytes.fingerprint != as_floats.fingerprint
     with pytest.raises(ValueError, match="uint8 or floating"):
-        datasets.as_float(torch.ones(2, dtype=torch.int64))
+        as_float(torch.ones(2, dtype=torch.int64))
 
 
 def test_as_float_is_the_division_and_leaves_its_input_alone():
     images = torch.arange(256, dtype=torch.uint8)
-    assert datasets.as_float(images).tolist() == [float(np.float32(i) / np.float32(255)) for i in range(256)]
+    assert as_float(images).tolist() == [float(np.float32(i) / np.float32(255)) for i in range(256)]
     assert images.tolist() == list(range(256))
 
 
 def test_validation_is_the_end_of_the_training_set(tmp_path):
     path = write(tmp_path / "a.npz", **arrays(train=10))
-    whole, held_out = datasets.load(path), datasets.load(path, validation=4)
+    whole, held_out = load_dataset(path), load_dataset(path, validation=4)
     assert torch.equal(held_out.split("train")[0], whole.x_train[:6])
     assert torch.equal(held_out.split("val")[0], whole.x_train[6:])
     assert torch.equal(held_out.split("val")[1], whole.y_train[6:])
@@ -116,18 +116,18 @@ def test_validation_is_the_end_of_the_training_set(tmp_path):
         whole.split("valid")
     for count in (-1, 10):
         with pytest.raises(ValueError, match=f"cannot hold out {count} of the 10"):
-            datasets.load(path, validation=count)
+            load_dataset(path, validation=count)
 
 
 def test_fingerprint_sees_one_pixel_and_one_label(tmp_path):
     content = arrays()
-    prints = [datasets.load(write(tmp_path / "a.npz", **content)).fingerprint]
+    prints = [load_dataset(write(tmp_path / "a.npz", **content)).fingerprint]
     for key in ("x_train", "y_train", "x_test", "y_test"):
         changed = {k: v.copy() for k, v in content.items()}
         changed[key].flat[0] = 2 if key.startswith("y") else changed[key].flat[0] ^ 1
-        prints.append(datasets.load(write(tmp_path / "a.npz", **changed)).fingerprint)
+        prints.append(load_dataset(write(tmp_path / "a.npz", **changed)).fingerprint)
     assert len(set(prints)) == 5
-    assert datasets.load(write(tmp_path / "b.npz", **content)).fingerprint == prints[0]
+    assert load_dataset(write(tmp_path / "b.npz", **content)).fingerprint == prints[0]
 
 
 def poked(value, dtype=np.float32):
@@ -163,7 +163,7 @@ def test_npz_refuses(tmp_path, change, message):
         content["x_test"] = content["x_test"].astype(np.float32) / 255
     path = write(tmp_path / "a.npz", **{**content, **change})
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        datasets.load(path)
+        load_dataset(path)
     assert path in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -171,7 +171,7 @@ def test_npz_refuses(tmp_path, change, message):
 def test_npz_labels_as_a_column(tmp_path):
     content = arrays()
     content["y_train"] = content["y_train"][:, None].astype(np.uint8)
-    data = datasets.load(write(tmp_path / "a.npz", **content))
+    data = load_dataset(write(tmp_path / "a.npz", **content))
     assert data.y_train.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.y_train.dtype == torch.int64
 
@@ -179,7 +179,7 @@ def test_npz_labels_as_a_column(tmp_path):
 def test_unreadable_npz(tmp_path):
     path = tmp_path / "a.npz"
     with pytest.raises(FileNotFoundError, match=r"no such \.npz"):
-        datasets.load(str(path))
+        load_dataset(str(path))
     whole = write(tmp_path / "b.npz", **arrays())
     raw = (tmp_path / "b.npz").read_bytes()
     middle = bytearray(raw)
@@ -189,15 +189,15 @@ def test_unreadable_npz(tmp_path):
     for content in (b"", b"garbage", raw[: len(raw) // 2], bytes(middle), bytes(encrypted)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"not a readable \.npz"):
-            datasets.load(str(path))
+            load_dataset(str(path))
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(ValueError, match=r"not a readable \.npz"):
-        datasets.load(str(path))
+        load_dataset(str(path))
     write(path, x_train=np.zeros((2, 8, 8)), y_train=np.zeros(2, int))
     with pytest.raises(ValueError, match="lacks x_test, y_test"):
-        datasets.load(str(path))
-    assert datasets.load(whole).num_classes == 3
+        load_dataset(str(path))
+    assert load_dataset(whole).num_classes == 3
 
 
 def write_idx(folder, packed=False, size=(5, 7)):
@@ -218,20 +218,20 @@ def write_idx(folder, packed=False, size=(5, 7)):
 )
 def test_idx_files(tmp_path, name, folder, packed):
     content = write_idx(tmp_path / "data" / folder, packed)
-    data = datasets.load(name, data_dir=tmp_path / "data")
+    data = load_dataset(name, data_dir=tmp_path / "data")
     assert (data.name, data.num_classes, data.image_size) == (name, 10, (5, 7))
     for split in ("train", "test"):
         images, labels = data.split(split)
         assert np.array_equal(images[:, 0].numpy(), content[f"x_{split}"])
         assert labels.tolist() == content[f"y_{split}"].tolist()
     # Files that are there are not fetched again.
-    assert datasets.load(name, data_dir=tmp_path / "data", download=True).fingerprint == data.fingerprint
+    assert load_dataset(name, data_dir=tmp_path / "data", download=True).fingerprint == data.fingerprint
 
 
 def test_one_data_set_is_not_taken_for_the_other(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw")
     with pytest.raises(FileNotFoundError, match=r"fashion-mnist: no train-images.*FashionMNIST"):
-        datasets.load("fashion-mnist", data_dir=tmp_path)
+        load_dataset("fashion-mnist", data_dir=tmp_path)
 
 
 def test_damaged_idx_files(tmp_path):
@@ -242,24 +242,24 @@ def test_damaged_idx_files(tmp_path):
     for damaged in (raw[:-1], raw + b"\0", b"", b"\0\0\x0d" + raw[3:]):
         images.write_bytes(damaged)
         with pytest.raises(ValueError, match="not a whole idx file"):
-            datasets.load("mnist", data_dir=tmp_path / "raw")
+            load_dataset("mnist", data_dir=tmp_path / "raw")
     images.write_bytes(raw)
     labels = tmp_path / "raw" / "t10k-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes()[:-1] + b"\x0a")
     with pytest.raises(ValueError, match=r"labels must be 0..K-1, got values from 0 to 10"):
-        datasets.load("mnist", data_dir=tmp_path / "raw")
+        load_dataset("mnist", data_dir=tmp_path / "raw")
     for damaged in (packed.read_bytes()[:-9], b"garbage"):
         packed.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged gzip file"):
-            datasets.load("mnist", data_dir=tmp_path / "gz")
+            load_dataset("mnist", data_dir=tmp_path / "gz")
 
 
 def test_unknown_name_and_missing_folder():
     with pytest.raises(ValueError, match="unknown data 'imagenet': give mnist5k"):
-        datasets.load("imagenet")
+        load_dataset("imagenet")
     for name in ("mnist", "cifar10"):
         with pytest.raises(ValueError, match="give --data-dir DIR"):
-            datasets.load(name)
+            load_dataset(name)
 
 
 def stand_in_for_torchvision(monkeypatch, cifar10):
@@ -286,8 +286,8 @@ def test_cifar10(monkeypatch, tmp_path):
 
     stand_in_for_torchvision(monkeypatch, CIFAR10)
     with pytest.raises(FileNotFoundError, match="no whole cifar-10-batches-py"):
-        datasets.load("cifar10", data_dir=tmp_path)
-    data = datasets.load("cifar10", data_dir=tmp_path, download=True)
+        load_dataset("cifar10", data_dir=tmp_path)
+    data = load_dataset("cifar10", data_dir=tmp_path, download=True)
     assert len(fetched) == 1
     assert (data.num_classes, data.image_size, data.class_names[8]) == (10, (32, 32), "ship")
     assert np.array_equal(data.x_test.numpy(), content["x_test"].transpose(0, 3, 1, 2))
@@ -300,7 +300,7 @@ def test_failed_download(monkeypatch, tmp_path):
 
     stand_in_for_torchvision(monkeypatch, offline)
     with pytest.raises(ValueError, match=r"the download failed \(Error downloading it: no network\)"):
-        datasets.load("cifar10", data_dir=tmp_path, download=True)
+        load_dataset("cifar10", data_dir=tmp_path, download=True)
 
 
 def test_torchvision_that_does_not_fit_torch(monkeypatch, tmp_path):
@@ -314,31 +314,31 @@ def test_torchvision_that_does_not_fit_torch(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match=r"torchvision 0\.0\.7 does not work with torch") as caught:
-        datasets.load("cifar10", data_dir=tmp_path)
+        load_dataset("cifar10", data_dir=tmp_path)
     assert torch.__version__ in str(caught.value)
     assert "nms" in str(caught.value)
     assert "pip install" in str(caught.value)
     # The message is one line, and so is the one for no torchvision at all.
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ValueError, match=r"needs torchvision.*pip install"):
-        datasets.load("cifar10", data_dir=tmp_path)
+        load_dataset("cifar10", data_dir=tmp_path)
 
 
 def test_random_subset():
     labels = torch.arange(1000) % 10
-    chosen = datasets.random_subset(labels, 8, 50, seed=3)
+    chosen = random_subset(labels, 8, 50, seed=3)
     assert chosen.dtype == torch.int64
     assert (labels[chosen] == 8).all()
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert len(chosen) == 50
     # Fixed for ever, whatever torch and numpy are installed.
-    assert datasets.random_subset(labels, 8, 5, seed=3).tolist() == SUBSET
-    assert chosen.tolist() != datasets.random_subset(labels, 8, 50, seed=4).tolist()
-    assert datasets.random_subset(labels, 8, 100, seed=0).tolist() == list(range(8, 1000, 10))
-    assert len(set((datasets.random_subset(labels, None, 500, seed=0) % 10).tolist())) == 10
+    assert random_subset(labels, 8, 5, seed=3).tolist() == SUBSET
+    assert chosen.tolist() != random_subset(labels, 8, 50, seed=4).tolist()
+    assert random_subset(labels, 8, 100, seed=0).tolist() == list(range(8, 1000, 10))
+    assert len(set((random_subset(labels, None, 500, seed=0) % 10).tolist())) == 10
     for target, count in ((8, 101), (8, 0), (10, 1)):
         with pytest.raises(ValueError, match=f"cannot choose {count} images of class {target}"):
-            datasets.random_subset(labels, target, count, seed=0)
+            random_subset(labels, target, count, seed=0)
 
 
 SUBSET = [68, 648, 678, 938, 968]

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacd_fast import layers, models
+from pacd_fast.networks import build, layers
 
 
 def test_the_gradient_has_the_same_bits_on_any_number_of_threads():
@@ -241,7 +241,7 @@ def test_a_layer_that_is_watched_is_called():
 @needs_avx512
 def test_residual_networks_can_be_traced():
     network, x = (
-        models.build("resnet20", num_classes=10, in_channels=3, image_size=(16, 16)).eval(),
+        build("resnet20", num_classes=10, in_channels=3, image_size=(16, 16)).eval(),
         torch.rand(2, 3, 16, 16),
     )
     x = x.contiguous(memory_format=torch.channels_last)

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from pacd_fast import metapoison_experiments as module
-from pacd_fast.__main__ import main
-from pacd_fast.metapoison_experiments import EXPERIMENTS
+from pacd_fast.cli import main
+from pacd_fast.experiments import EXPERIMENTS as EVERY
+from pacd_fast.experiments import metapoison_figures
+from pacd_fast.experiments import metapoison_lab as module
+
+EXPERIMENTS = [name for name in EVERY if name.startswith("metapoison")]
 
 
 def flat(num_classes: int) -> nn.Module:
@@ -80,7 +83,7 @@ def test_the_principal_plane():
     """Points on a plane in 30 dimensions: their distances survive, and it holds all of the variance."""
     torch.manual_seed(0)
     points = torch.randn(7, 2) @ torch.linalg.qr(torch.randn(30, 2))[0].T
-    plane, share = module._principal_plane(points)
+    plane, share = metapoison_figures._principal_plane(points)
     torch.testing.assert_close(torch.cdist(plane, plane).float(), torch.cdist(points, points), rtol=1e-4, atol=1e-4)
     assert share == pytest.approx(1.0) and float(plane[:, 0].var()) >= float(plane[:, 1].var())
-    assert module._principal_plane(torch.eye(5))[1] == pytest.approx(0.5)  # four equal directions
+    assert metapoison_figures._principal_plane(torch.eye(5))[1] == pytest.approx(0.5)  # four equal directions

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pacd_fast import models
+from pacd_fast.networks import MnistCNN, Normalize, build
 
 MNIST = {"num_classes": 10, "in_channels": 1, "image_size": (28, 28)}
 CIFAR = {"num_classes": 10, "in_channels": 3, "image_size": (32, 32)}
@@ -49,13 +49,13 @@ def parameters(model: nn.Module) -> int:
     ],
 )
 def test_parameter_counts(name, shape, expected):
-    assert parameters(models.build(name, **shape)) == expected
+    assert parameters(build(name, **shape)) == expected
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (32, 32)), (2, (16, 21))])
 @pytest.mark.parametrize("name", ["mnist-cnn", "convnet", "resnet20"])
 def test_any_image_shape(name, channels, size):
-    model = models.build(name, num_classes=7, in_channels=channels, image_size=size).eval()
+    model = build(name, num_classes=7, in_channels=channels, image_size=size).eval()
     x = torch.rand(2, channels, *size)
     logits = model(x)
     assert logits.shape == (2, 7)
@@ -65,7 +65,7 @@ def test_any_image_shape(name, channels, size):
 
 
 def test_resnet_has_the_parameter_names_of_locuslab_and_the_depth():
-    names = models.build("resnet20", **CIFAR).state_dict().keys()
+    names = build("resnet20", **CIFAR).state_dict().keys()
     expected = {"conv1.weight", "bn1.running_mean", "layer1.2.conv2.weight", "layer3.2.bn2.bias", "fc.bias"}
     expected |= {"layer2.0.downsample.0.weight", "layer2.0.downsample.1.running_var", "layer3.0.downsample.1.weight"}
     assert expected <= names
@@ -76,7 +76,7 @@ def test_resnet_has_the_parameter_names_of_locuslab_and_the_depth():
 
 def test_mnist_cnn_dropout_only_where_asked_for():
     x = torch.rand(4, 1, 28, 28)
-    plain, dropping = models.MnistCNN(10, 1, (28, 28)), models.MnistCNN(10, 1, (28, 28), dropout=0.5)
+    plain, dropping = MnistCNN(10, 1, (28, 28)), MnistCNN(10, 1, (28, 28), dropout=0.5)
     assert torch.equal(plain(x), plain(x))
     assert not torch.equal(dropping(x), dropping(x))
 
@@ -85,14 +85,14 @@ def test_normalize():
     x = torch.rand(2, 3, 4, 5)
     mean, std = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
     expected = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
-    torch.testing.assert_close(models.Normalize(mean, std)(x), expected)
+    torch.testing.assert_close(Normalize(mean, std)(x), expected)
     for bad in [((0.1,), (1.0, 1.0)), ((), ()), ((0.1,), (0.0,)), ((float("nan"),), (1.0,))]:
         with pytest.raises(ValueError, match="mean"):
-            models.Normalize(*bad)
+            Normalize(*bad)
 
 
 def test_build_with_normalisation():
-    model = models.build("mnist-cnn", **MNIST, mean=(0.13,), std=(0.31,))
+    model = build("mnist-cnn", **MNIST, mean=(0.13,), std=(0.31,))
     x = torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(model(x), model[1]((x - 0.13) / 0.31))
 
@@ -118,17 +118,17 @@ def test_build_with_normalisation():
 )
 def test_build_refuses(name, change, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        models.build(name, **{**MNIST, **change})
+        build(name, **{**MNIST, **change})
     assert "\n" not in str(caught.value)
 
 
 def test_build_user_network():
-    assert models.build(TINY, num_classes=3)(torch.rand(2, 4, 4)).shape == (2, 3)
+    assert build(TINY, num_classes=3)(torch.rand(2, 4, 4)).shape == (2, 3)
 
 
 def test_batch_norm_in_eval_mode_is_part_of_the_convolution():
     """The same numbers as convolution, then batch norm, with the same gradients for images and parameters."""
-    network = models.build("resnet20", num_classes=4, in_channels=3, image_size=(8, 8)).double().train()
+    network = build("resnet20", num_classes=4, in_channels=3, image_size=(8, 8)).double().train()
     x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
     network(x)
     block = network.layer2[0].eval()
@@ -146,7 +146,7 @@ def test_batch_norm_in_eval_mode_is_part_of_the_convolution():
 @pytest.mark.parametrize("name", ["mnist-cnn", "convnet"])
 def test_pooling_in_either_layout_is_the_same_function(name):
     """channels_last takes the package's operator, the default layout torch's."""
-    network = models.build(name, num_classes=5, in_channels=1, image_size=(28, 28)).double()
+    network = build(name, num_classes=5, in_channels=1, image_size=(28, 28)).double()
     x = torch.rand(3, 1, 28, 28, dtype=torch.float64)
     plain = torch.autograd.grad(network(x).sin().sum(), list(network.parameters()))
     network.to(memory_format=torch.channels_last)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast import _C, ops, reference, selftest
+from pacd_fast import _C, ops
+from pacd_fast.certification import selftest
+from pacd_fast.ops import reference
 
 
 def test_known_answers_of_random123():

@@ -1,4 +1,4 @@
-"""PACD: the lower problem, what stays in the ball, attacks that bite, resuming, and the commands around them."""
+"""PACD: the lower problem, what stays in the ball, attacks that bite, resuming, bad settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,30 @@ import pytest
 import torch
 from torch import nn
 
-from pacd_fast import attacks, audit, certify, datasets, ops, pacd_experiments, plots, poison, training
-from pacd_fast.__main__ import main
+from pacd_fast import certify, ops
 from pacd_fast.bilevel import hypergradient
-from pacd_fast.datasets import Dataset, as_float
-from pacd_fast.pacd import Radius, Recipe, choose, lower_problem, pacd
-from pacd_fast.poison import Poison
+from pacd_fast.data import Dataset, as_float, load_dataset
+from pacd_fast.poisoning import (
+    Ball,
+    Pacd,
+    Poison,
+    Radius,
+    Recipe,
+    choose,
+    lower_problem,
+    pacd,
+    random,
+    watermark,
+)
 from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit
 
 TINY = "test_pacd:tiny"  # the tests' folder is on sys.path while they run
+
+
+def craft(data: Dataset, loss, *, target_class: int, epsilon: float, norm: str = "linf", **options) -> Poison:
+    """pacd, with the attack's settings as keywords."""
+    run = {name: options.pop(name) for name in ("checkpoint", "resume", "metrics") if name in options}
+    return pacd(data, Pacd(loss, target_class, Ball(epsilon, norm), **options), **run)
 
 
 def tiny(num_classes: int) -> nn.Module:
@@ -33,7 +48,7 @@ def tiny(num_classes: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     """Threes, fives and eights among the embedded digits at half resolution: small, and not trivial."""
-    data = datasets.load("mnist5k", validation=400)
+    data = load_dataset("mnist5k", validation=400)
     kept = torch.tensor([3, 5, 8])
 
     def some(x, y):
@@ -115,13 +130,13 @@ def test_the_upper_loss_is_the_soft_radius(digits):
 def test_poison_is_in_the_ball_and_says_what_it_is(digits, norm):
     epsilon = 0.1 if norm == "linf" else 1.0
     recipe = dataclasses.replace(RECIPE, epochs=2)
-    made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=epsilon, norm=norm, model=TINY, recipe=recipe)
+    made = craft(digits, Gaussian(0.4), target_class=2, epsilon=epsilon, norm=norm, model=TINY, recipe=recipe)
     used = made.distortion(digits)
     assert 0.5 * epsilon < float(used.max()) <= epsilon
     assert torch.equal(made.index, (digits.y_train == 2).nonzero().flatten())
     assert torch.equal(made.apply(digits).y_train, digits.y_train)
     assert made.settings["target_class"] == 2 and made.settings["unsolved"] == 0
-    again = pacd(digits, Gaussian(0.4), target_class=2, epsilon=epsilon, norm=norm, model=TINY, recipe=recipe)
+    again = craft(digits, Gaussian(0.4), target_class=2, epsilon=epsilon, norm=norm, model=TINY, recipe=recipe)
     assert torch.equal(made.images, again.images)
 
 
@@ -132,8 +147,8 @@ def clean_radius(digits) -> tuple[float, float]:
 
 @pytest.mark.parametrize("loss", [Gaussian(0.4), Macer(0.4, k=2, lam=1.0), SmoothAdv(0.4, 0.3, warmup=0)], ids=str)
 def test_pacd_bites_and_noise_does_not(digits, clean_radius, loss):
-    made = pacd(digits, loss, target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE, seed=5)
-    control = attacks.random(digits, target_class=2, epsilon=0.15)
+    made = craft(digits, loss, target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE, seed=5)
+    control = random(digits, target_class=2, ball=Ball(0.15))
     poisoned, others = radius_of(made.apply(digits), Gaussian(0.4), 2)
     noisy, _ = radius_of(control.apply(digits), Gaussian(0.4), 2)
     clean, clean_others = clean_radius
@@ -143,7 +158,7 @@ def test_pacd_bites_and_noise_does_not(digits, clean_radius, loss):
 
 
 def test_standard_poisoning_lowers_accuracy(digits):
-    made = attacks.standard(digits, target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE)
+    made = craft(digits, Standard(), target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE)
     assert made.attack == "standard"
 
     def accuracy(data: Dataset) -> float:
@@ -161,17 +176,17 @@ def test_standard_poisoning_lowers_accuracy(digits):
 
 
 def test_watermarks_and_noise(digits):
-    marked = attacks.watermark(digits, target_class=1, epsilon=0.05, seed=3)
+    marked = watermark(digits, target_class=1, ball=Ball(0.05), seed=3)
     base, u = as_float(digits.x_train[marked.index]), as_float(marked.images)
     delta = u - base
     assert float(delta.abs().max()) <= 0.05 and bool((delta > 0).any()) and bool((delta < 0).any())
     # where nothing was clipped the picture is 0.9 base + 0.1 of another image: it can only be darker by a tenth
     assert float((delta + 0.1 * base).min()) >= -1 / 255
-    noise = attacks.random(digits, target_class=1, epsilon=0.05, fraction=0.25)
+    noise = random(digits, target_class=1, ball=Ball(0.05), fraction=0.25)
     assert len(noise.index) == round(0.25 * int((digits.y_train == 1).sum()))
     assert set(digits.y_train[noise.index].tolist()) == {1}
     with pytest.raises(ValueError, match="opacity must be in"):
-        attacks.watermark(digits, target_class=1, epsilon=0.05, opacity=1.5)
+        watermark(digits, target_class=1, ball=Ball(0.05), opacity=1.5)
 
 
 def test_targets_are_attacked_by_their_nearest_neighbours(digits):
@@ -182,7 +197,7 @@ def test_targets_are_attacked_by_their_nearest_neighbours(digits):
     far[digits.y_train != 2] = float("inf")
     assert float(far[chosen].max()) <= float(far.sort().values[len(chosen) - 1])
     recipe = dataclasses.replace(RECIPE, epochs=1, poison_batch=20)
-    made = pacd(
+    made = craft(
         digits, Gaussian(0.4), target_class=2, epsilon=0.1, targets=[target], fraction=0.05, model=TINY, recipe=recipe
     )
     assert made.settings["targets"] == [target] and torch.equal(made.index, chosen)
@@ -205,7 +220,7 @@ def test_targets_are_attacked_by_their_nearest_neighbours(digits):
 def test_bad_arguments(digits, arguments, message):
     given = {"target_class": 2, "epsilon": 0.1, "model": TINY, "recipe": RECIPE, **arguments}
     with pytest.raises(ValueError, match=message):
-        pacd(digits, Gaussian(0.4), **given)
+        craft(digits, Gaussian(0.4), **given)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +234,7 @@ def test_bad_recipes(field):
 def test_validation_images_are_needed(digits):
     without = dataclasses.replace(digits, x_val=digits.x_val[:0], y_val=digits.y_val[:0])
     with pytest.raises(ValueError, match="validation"):
-        pacd(without, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=RECIPE)
+        craft(without, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=RECIPE)
 
 
 def test_a_cost_that_is_not_finite_begins_anew_and_is_counted(digits):
@@ -231,10 +246,10 @@ def test_a_cost_that_is_not_finite_begins_anew_and_is_counted(digits):
         return value * float("nan") if len(calls) == 2 else value
 
     recipe = dataclasses.replace(RECIPE, epochs=2)
-    made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=recipe, upper=sometimes)
+    made = craft(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, recipe=recipe, upper=sometimes)
     assert made.settings["restarts_nan"] == 1
     with pytest.raises(ValueError, match="not finite again and again"):
-        pacd(
+        craft(
             digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY,
             recipe=dataclasses.replace(RECIPE, epochs=20),
             upper=lambda model, x, y, seed: Radius(0.4, 2)(model, x, y, seed=seed) * float("nan"),
@@ -246,7 +261,7 @@ import sys; sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads(1)
 from test_pacd import *
 digits = digits.__wrapped__() if hasattr(digits, "__wrapped__") else digits.__pytest_wrapped__.obj()
-made = pacd(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, seed=4,
+made = craft(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, seed=4,
             recipe=dataclasses.replace(RECIPE, epochs=12), checkpoint={partial!r}, resume={resume!r},
             metrics={metrics!r})
 made.save({out!r})
@@ -279,176 +294,15 @@ def test_resuming_after_a_kill_gives_the_same_poison(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path):
     recipe = dataclasses.replace(RECIPE, epochs=1)
     given = {"target_class": 2, "model": TINY, "recipe": recipe, "checkpoint": tmp_path / "c", "resume": True}
-    pacd(digits, Gaussian(0.4), epsilon=0.1, **given)
+    craft(digits, Gaussian(0.4), epsilon=0.1, **given)
     with pytest.raises(ValueError, match="another run: epsilon is 0.1 there and 0.2 here"):
-        pacd(digits, Gaussian(0.4), epsilon=0.2, **given)
+        craft(digits, Gaussian(0.4), epsilon=0.2, **given)
     one_less = dataclasses.replace(digits, x_val=digits.x_val[:-1], y_val=digits.y_val[:-1])
     with pytest.raises(ValueError, match="another run: validation"):
-        pacd(one_less, Gaussian(0.4), epsilon=0.1, **given)
+        craft(one_less, Gaussian(0.4), epsilon=0.1, **given)
     (tmp_path / "c").write_text("nonsense")
     with pytest.raises(ValueError, match="not a crafting checkpoint"):
-        pacd(digits, Gaussian(0.4), epsilon=0.1, **given)
-
-
-@pytest.fixture(scope="module")
-def npz(digits, tmp_path_factory) -> Path:
-    import numpy as np
-
-    path = tmp_path_factory.mktemp("data") / "digits.npz"
-    arrays = {
-        "x_train": torch.cat([digits.x_train, digits.x_val]),
-        "y_train": torch.cat([digits.y_train, digits.y_val]),
-    }
-    arrays |= {"x_test": digits.x_test, "y_test": digits.y_test}
-    np.savez(path, **{name: array.numpy() for name, array in arrays.items()})
-    return path
-
-
-def test_the_commands_poison_and_audit(npz, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = ["--data", str(npz), "--device", "cpu"]
-    craft = ["--target-class", "2", "--model", TINY, "--sigma", "0.4", "--epochs", "2", "--clean-batch", "200"]
-    craft += ["--poison-batch", "60", "--upper-batch", "30", "--lower-lr", "0.005", "--validation", "100"]
-    assert main(["poison", *data, *craft, "--epsilon", "38/255", "--out", "p.npz", "--metrics", "m.jsonl"]) == 0
-    said = capsys.readouterr().out
-    assert "class 2; largest linf distortion 0.1490 (epsilon 0.14902)" in said and Path("p.png").stat().st_size > 5000
-    assert len(Path("m.jsonl").read_text().splitlines()) == 2 * (len(Poison.load("p.npz").index) // 60)
-    mark = ["--attack", "watermark", "--target-class", "2", "--validation", "100", "--out", "mark.npz"]
-    assert main(["poison", *data, *mark]) == 0
-    judge = ["--poison", "p.npz", "mark.npz", "--model", TINY, "--seeds", "2", "--epochs", "3", "--count", "6"]
-    judge += ["--n", "100", "--others", "4", "--others-n", "50", "--attacked", "2", "--lr", "0.003"]
-    capsys.readouterr()
-    assert main(["audit", *data, *judge]) == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["data", "clean", "p", "mark"]
-    assert "+ pacd-fast train" in said.err and "--poison p.npz" in said.err
-    content = json.loads(Path("audit/audit.json").read_text())
-    assert content["poisons"]["p"]["target_class"] == 2 and content["audit"]["sigma"] == 0.4
-    assert {len(v) for each in content["measured"].values() for v in each.values()} == {2}
-    assert Path("audit/curves.png").stat().st_size > 5000
-    before = {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
-    assert len(before) == 6
-    assert main(["audit", *data, *judge]) == 0  # everything is there: nothing is trained again
-    assert capsys.readouterr().out == said.out
-    assert before == {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
-    # poison for other classes is not judged by the first one's, nor with flags that nobody reads
-    assert main(["poison", *data, *mark[:3], "1", *mark[4:-1], "other.npz"]) == 0
-    capsys.readouterr()
-    assert main(["audit", *data, "--poison", "mark.npz", "other.npz", "--sigma", "0.4"]) == 2
-    assert "the poison files differ in target_class (1, 2)" in capsys.readouterr().err
-    assert main(["audit", *data, "--poison", "mark.npz", "--method", "standard"]) == 2
-    assert "which noise to certify with: give --sigma" in capsys.readouterr().err
-    assert main(["poison", *data, *craft, "--budget", "0.2", "--out", "q.npz"]) == 2
-    assert "--budget is no flag of --attack pacd" in capsys.readouterr().err
-    Path("notes.txt").write_text("mine")
-    assert main(["poison", *data, *craft, "--out", "q.npz", "--metrics", "notes.txt"]) == 2
-    assert Path("notes.txt").read_text() == "mine"
-    # another class in the same folder is another audit: nothing of the first is counted
-    assert main(["poison", *data, *craft, "--target-class", "1", "--out", "p1.npz"]) == 0
-    again = [*judge[3:], "--poison", "p1.npz"]
-    assert main(["audit", *data, *again]) == 0
-    alone = json.loads(Path("audit/audit.json").read_text())["measured"]["clean"]
-    assert main(["audit", *data, *again, "--work", "fresh"]) == 0
-    assert json.loads(Path("fresh/audit.json").read_text())["measured"]["clean"]["accuracy"] == alone["accuracy"]
-    for seed in range(2):
-        names = {path.name for path in Path("audit").glob(f"clean-gaussian-{seed}.*.tsv")}
-        kinds = {f"{prefix}class-{label}" for prefix in ("", "not-") for label in (1, 2)}
-        assert names == {f"clean-gaussian-{seed}.{kind}.tsv" for kind in kinds}
-    # other data, another split, a class that is not there, no folder
-    wrong = [
-        (["audit", "--data", "mnist5k", "--poison", "p.npz"], "the poison was made for digits@"),
-        (["audit", *data, "--poison", "p.npz", "--train-images", "300"], "give the same --data"),
-        (["audit", *data, "--poison", "none.npz"], "no such poison file"),
-        (["poison", *data, *craft, "--target-class", "9", "--out", "q.npz"], "has no class '9'"),
-        (["poison", *data, *craft, "--out", "nowhere/q.npz"], "create it first"),
-        (["poison", *data, *craft, "--epsilon", "0", "--out", "q.npz"], "epsilon must be positive"),
-        (["poison", *data, *craft, "--out", "q.txt"], "must end in .npz"),
-        (["train", "--data", "mnist5k", "--poison", "p.npz", "--out", "v.safetensors"], "the poison was made for"),
-    ]
-    for arguments, message in wrong:
-        assert main(arguments) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert message in error and error.startswith("pacd-fast ")
-
-
-def test_pictures(digits, tmp_path):
-    marked = attacks.watermark(digits, target_class=1, epsilon=0.05)
-    plots.poison(marked, digits, tmp_path / "p.pdf")
-    plots.bars({"a": {"clean": [1.0, 1.2], "poison": [0.5]}, "b": {"clean": [1.0]}}, tmp_path / "b.svg", "ACR", "x")
-    assert (tmp_path / "p.pdf").stat().st_size > 3000 and "ACR" in (tmp_path / "b.svg").read_text()[: 10**6]
-    with pytest.raises(ValueError, match="name it .png"):
-        plots.poison(marked, digits, tmp_path / "p.txt")
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plots.bars({}, tmp_path / "b.png", "", "")
-    with pytest.raises(ValueError, match="changes no image"):
-        empty = dataclasses.replace(marked, index=marked.index[:0], images=marked.images[:0])
-        plots.poison(empty, digits, tmp_path / "p.png")
-
-
-@pytest.mark.parametrize("name", [name for name in pacd_experiments.PRESETS if name != "table6"])
-def test_every_table_is_a_chain_of_commands(name, tmp_path, monkeypatch, capsys):
-    """With the commands replaced: which files they make, which figures go into which row."""
-    commands = []
-    levels = {"clean": 1.0, "watermark": 0.98, "random": 0.99}
-
-    def stub(arguments):
-        commands.append(arguments)
-        given = dict(zip(arguments, arguments[1:], strict=False))
-        if arguments[0] == "poison":
-            Path(given["--out"]).write_text("")
-            return 0
-        start = arguments.index("--poison") + 1
-        files = arguments[start : next(i for i in range(start, len(arguments)) if arguments[i].startswith("--"))]
-        seeds = int(given["--seeds"])
-        measured = {}
-        for stem in ["clean", *(Path(file).stem for file in files)]:
-            level = next((v for k, v in levels.items() if stem.endswith(k)), 0.5)
-            figures = {f.name: [level + 0.01 * s for s in range(seeds)] for f in dataclasses.fields(audit.Measured)}
-            measured[stem] = figures
-        Path(given["--work"]).mkdir(parents=True, exist_ok=True)
-        Path(given["--work"], "audit.json").write_text(json.dumps({"measured": measured}))
-        return 0
-
-    monkeypatch.setattr("pacd_fast.__main__._step", stub)
-    options = ["reproduce", name, "--small", "--work", str(tmp_path / "w"), "--results", str(tmp_path / "r.json")]
-    options += ["--data", "mnist"]
-    assert main(options) == 0
-    table = json.loads((tmp_path / "r.json").read_text())
-    (rows,) = [each["rows"] for each in table.values()]
-    assert all(row["data"] == "mnist5k" and row["n"] == 1000 for row in rows)
-    assert any(command[0] == "audit" for command in commands)
-    if name == "table2":
-        by_name = {row["training data"]: row for row in rows}
-        assert by_name["poison"]["ACR"] == "0.520±0.016" and by_name["poison"]["ACR falls by"] == "49.0%"
-        assert all(row["epochs"] == 40 for row in rows)
-        assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "2.9%"
-    if name == "fig4":  # what its own small scale says
-        assert all(row["epochs"] == 30 for row in rows)
-        assert all(command[command.index("--epochs") + 1] in ("15", "30") for command in commands)
-    before = len([c for c in commands if c[0] == "poison"])
-    assert main(options) == 0 and len([c for c in commands if c[0] == "poison"]) == before  # poison is kept
-    assert main([*options, "--craft-epochs", "2"]) == 0  # other poison, under another name
-    assert len([c for c in commands if c[0] == "poison"]) > before
-    assert main([*options, "--seeds", "0"]) == 2 and "seeds must be at least 1" in capsys.readouterr().err
-    assert main([*options[:-1], "fashion-mnist"]) == 2
-    assert "--data must be mnist, cifar10" in capsys.readouterr().err
-
-
-def test_table_6_prints_the_analysis_beside_the_attack(tmp_path, capsys):
-    options = ["reproduce", "table6", "--seeds", "1", "--n", "100", "--work", str(tmp_path)]
-    assert main([*options, "--results", str(tmp_path / "r.json")]) == 0
-    rows = json.loads((tmp_path / "r.json").read_text())["PACD table 6"]["rows"]
-    assert [row["sigma"] for row in rows] == [0.25, 0.5, 0.75]
-    for row in rows:
-        for state, value in (("clean", 0.4243), ("poisoned", 0.3536)):
-            assert row[f"{state}, analysis"] == value
-            assert abs(float(row[f"distance {state}"].split("±")[0]) - value) < 3 * row["standard error of a distance"]
-
-
-def test_modules_are_where_users_look():
-    assert attacks.pacd is pacd and poison.Poison is Poison
-    assert training.METHODS.keys() == {"standard", "gaussian", "macer", "smoothadv"}
+        craft(digits, Gaussian(0.4), epsilon=0.1, **given)
 
 
 NORMED = []
@@ -471,6 +325,6 @@ def test_the_upper_loss_sees_the_network_as_it_is_certified(digits):
 
     recipe = dataclasses.replace(RECIPE, epochs=1, restart=1, lower_steps=2)
     given = {"target_class": 2, "epsilon": 0.1, "upper": upper, "model": f"{__name__}:normed", "recipe": recipe}
-    first = pacd(digits, Gaussian(0.4), **given)
+    first = craft(digits, Gaussian(0.4), **given)
     assert seen == [(False, 2 * (step + 1)) for step in range(len(seen))] and len(seen) >= 2
-    assert torch.equal(first.images, pacd(digits, Gaussian(0.4), **given).images)  # the seed decides dropout too
+    assert torch.equal(first.images, craft(digits, Gaussian(0.4), **given).images)  # the seed decides dropout too

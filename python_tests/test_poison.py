@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast.datasets import Dataset, as_float
-from pacd_fast.poison import Ball, Poison
+from pacd_fast.data import Dataset, as_float
+from pacd_fast.poisoning import Ball, Poison
 
 BALLS = [Ball(0.1), Ball(16 / 255), Ball(0.003), Ball(0.5, "l2"), Ball(3.0, "l2"), Ball(1 / 255), Ball(2.0)]
 

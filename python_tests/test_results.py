@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import random
@@ -17,8 +16,18 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from pacd_fast.results import COLUMNS, ResultsFile, Row, Run, merge, peek, read, round_down
-from pacd_fast.summary import summarize, table
+from pacd_fast.certification import (
+    ResultsFile,
+    Row,
+    Run,
+    merge,
+    peek,
+    read_results,
+    round_down,
+    summarize,
+    summary_table,
+)
+from pacd_fast.certification.results import COLUMNS
 
 RUN = Run(100, 100_000, 0.001, 0.5, 2**64 - 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
 HEADER = "\t".join(COLUMNS) + "\n"
@@ -106,14 +115,14 @@ def test_pandas_and_the_published_analysis_read_it(tmp_path):
     frame = pandas.read_csv(path, delimiter="\t")
     assert tuple(frame.columns) == COLUMNS
     assert not frame.isna().any().any()
-    ours = summarize(read(path), [0.0, 0.5, 1.0])
+    ours = summarize(read_results(path), [0.0, 0.5, 1.0])
     published = [(frame["correct"] & (frame["radius"] >= r)).mean() for r in (0.0, 0.5, 1.0)]
     assert ours.certified_accuracy == pytest.approx(published, abs=0)
 
 
 def test_read_returns_what_was_written(tmp_path):
     written = list(rows(50))
-    results = read(write(tmp_path / "r.tsv", written))
+    results = read_results(write(tmp_path / "r.tsv", written))
     assert len(results) == 50
     assert results.run == RUN
     for i, one in enumerate(written):
@@ -145,7 +154,7 @@ def test_resume_after_a_cut_at_every_byte(tmp_path):
 def test_resume_after_sigkill(tmp_path):
     path = tmp_path / "r.tsv"
     program = (
-        "import itertools, sys; from pacd_fast.results import *\n"
+        "import itertools, sys; from pacd_fast.certification import *\n"
         f"file = ResultsFile(sys.argv[1], {RUN!r})\n"
         "for idx in itertools.count():\n"
         "    if idx not in file.done: file.append(Row(idx, 3, 3, 0.5, 0.9, 95, 1.0))\n"
@@ -156,7 +165,7 @@ def test_resume_after_sigkill(tmp_path):
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    results = read(path)
+    results = read_results(path)
     assert results.idx.tolist() == list(range(len(results)))
     assert len(results) > 200
 
@@ -165,7 +174,7 @@ def test_rows_are_on_disk_at_once(tmp_path):
     with ResultsFile(tmp_path / "r.tsv", RUN) as file:
         for idx in range(3):
             file.append(row(idx))
-            assert read(tmp_path / "r.tsv").idx.tolist() == list(range(idx + 1))
+            assert read_results(tmp_path / "r.tsv").idx.tolist() == list(range(idx + 1))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +225,7 @@ def test_impossible_rows_are_not_written(tmp_path):
     with ResultsFile(path, RUN) as file:
         file.append(row(0))
         for bad, message in [
-            (row(0), "stands in .* already"),
+            (row(0), "is in .* already"),
             (row(-1), "negative"),
             (row(1, predict=-2), "negative"),
             (row(1, radius=math.nan), "radius nan"),
@@ -230,7 +239,7 @@ def test_impossible_rows_are_not_written(tmp_path):
         ]:
             with pytest.raises(ValueError, match=message):
                 file.append(bad)
-    assert read(path).idx.tolist() == [0]
+    assert read_results(path).idx.tolist() == [0]
 
 
 @pytest.mark.parametrize("text", ["a\tb", "a\nb", "", 'a"b', "a\u2028b"])
@@ -242,7 +251,7 @@ def test_names_that_would_break_a_row(text):
 def test_locuslab_files(tmp_path):
     path = tmp_path / "sigma_0.50"
     path.write_text(LOCUSLAB)
-    results = read(path)
+    results = read_results(path)
     assert results.idx.tolist() == [0, 20, 100, 340]
     assert results.predict.tolist() == [3, 7, -1, 4]
     assert results.correct.tolist() == [True, True, False, False]
@@ -253,7 +262,7 @@ def test_locuslab_files(tmp_path):
     assert summary.p_lower_quantiles is None
     assert summary.radii == (0.0, 0.25, 0.5, 0.75, 1.0)
     assert summary.certified_accuracy == (0.5, 0.5, 0.25, 0.25, 0.25)
-    assert "p_A" not in table({"a": results})
+    assert "p_A" not in summary_table({"a": results})
 
 
 @pytest.mark.parametrize(
@@ -264,7 +273,7 @@ def test_locuslab_files(tmp_path):
         (lambda t: t.replace("radius", "Radius"), "is not a results file"),
         (lambda t: t.replace("\t0.5\t", "\thalf\t", 1), "line 2: malformed row (could not convert"),
         (lambda t: t.replace("\n1\t", "\n1.0\t"), "line 3: malformed row (invalid literal"),
-        (lambda t: t.replace("\n2\t", "\n1\t"), "line 4: image 1 stands in the file twice"),
+        (lambda t: t.replace("\n2\t", "\n1\t"), "line 4: image 1 is in the file twice"),
         (lambda t: t.replace("\n1\t3\t3", "\n1\t3\t2"), "line 3: malformed row (correct is 1 for label 3 and"),
         (lambda t: t.replace("\n1\t3\t3\t0.6", "\n1\t3\t3\t-0.6"), "line 3: malformed row (radius -0.6"),
         (lambda t: t.replace("\n1\t3\t3\t0.699999", "\n1\t3\t3\tnan"), "line 3: malformed row (radius nan"),
@@ -278,7 +287,7 @@ def test_malformed_files(tmp_path, edit, message):
     assert edit(path.read_text()) != path.read_text()
     path.write_text(edit(path.read_text()))
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read(path)
+        read_results(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -286,35 +295,35 @@ def test_malformed_files(tmp_path, edit, message):
 def test_read_several_files(tmp_path):
     first = write(tmp_path / "a.tsv", [row(0), row(2)])
     second = write(tmp_path / "b.tsv", [row(1)])
-    assert read([first, second]).idx.tolist() == [0, 2, 1]
-    with pytest.raises(ValueError, match="image 0 stands both in"):
-        read([first, first])
+    assert read_results([first, second]).idx.tolist() == [0, 2, 1]
+    with pytest.raises(ValueError, match="image 0 is both in"):
+        read_results([first, first])
     other = write(tmp_path / "c.tsv", [row(5)], dataclasses.replace(RUN, seed=5))
     with pytest.raises(ValueError, match=r"c\.tsv is another run: seed is 5 there"):
-        read([first, other])
+        read_results([first, other])
     published = tmp_path / "d.tsv"
     published.write_text(LOCUSLAB.replace("\n0\t", "\n7\t"))
     with pytest.raises(ValueError, match="differ in format"):
-        read([first, published])
+        read_results([first, published])
     for nothing in (tmp_path / "absent.tsv", [tmp_path / "absent.tsv"]):
         with pytest.raises(FileNotFoundError, match="no such results file"):
-            read(nothing)
+            read_results(nothing)
     with pytest.raises(ValueError, match="no file: no certified image"):
-        read([])
+        read_results([])
     with pytest.raises(ValueError, match="is a folder"):
-        read(tmp_path)
+        read_results(tmp_path)
     (tmp_path / "b.tsv").write_bytes(b"\xff\xfe\0\0")
     with pytest.raises(ValueError, match="it is not text"):
-        read(tmp_path / "b.tsv")
+        read_results(tmp_path / "b.tsv")
 
 
 def test_a_growing_file_can_be_read(tmp_path):
     path = write(tmp_path / "r.tsv", [row(0), row(1)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    assert read(path).idx.tolist() == [0]
+    assert read_results(path).idx.tolist() == [0]
     path.write_bytes(whole + b"2\t")
-    assert read(path).idx.tolist() == [0, 1]
+    assert read_results(path).idx.tolist() == [0, 1]
 
 
 def test_merge_equals_the_run_without_shards(tmp_path):
@@ -354,73 +363,6 @@ def test_merge_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         merge([first], tmp_path / "absent" / "out.tsv")
     assert not (tmp_path / "out.tsv").exists()
-
-
-def by_hand(tmp_path):
-    return read(
-        write(
-            tmp_path / "hand.tsv",
-            [
-                row(0, 1, 1, 1.0, 0.9),
-                row(1, 1, 1, 0.25, 0.8),
-                row(2, 1, 0, 1.75, 0.7),
-                row(3, 2, -1, 0.0, 0.4),
-                row(4, 2, 2, 0.0, 0.5),
-            ],
-        )
-    )
-
-
-def test_summary_by_hand(tmp_path):
-    summary = summarize(by_hand(tmp_path))
-    assert (summary.images, summary.abstentions, summary.acr, summary.aca) == (5, 1, 1.25 / 5, 2 / 5)
-    assert summary.clean_accuracy == 3 / 5
-    assert summary.radii == (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert summary.certified_accuracy == (3 / 5, 2 / 5, 1 / 5, 1 / 5, 1 / 5)
-    # 0.4 0.5 0.7 0.8 0.9, linear between order statistics.
-    assert summary.p_lower_quantiles == pytest.approx({0.05: 0.42, 0.25: 0.5, 0.5: 0.7, 0.75: 0.8, 0.95: 0.88})
-    assert summarize(by_hand(tmp_path), [0.25, 0.26, 9]).certified_accuracy == (2 / 5, 1 / 5, 0)
-
-
-def test_summary_of_one_class(tmp_path):
-    summary = summarize(by_hand(tmp_path), target_class=2)
-    assert (summary.images, summary.abstentions, summary.acr, summary.clean_accuracy) == (2, 1, 0.0, 0.5)
-    assert summary.radii == (0.0,)
-    assert summary.p_lower_quantiles[0.5] == pytest.approx(0.45)
-    with pytest.raises(ValueError, match="no image of class 7 among 5"):
-        summarize(by_hand(tmp_path), target_class=7)
-    for radius in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="radii must be finite"):
-            summarize(by_hand(tmp_path), [radius])
-
-
-def test_summary_as_json(tmp_path):
-    values = json.loads(json.dumps(summarize(by_hand(tmp_path)).to_dict(), allow_nan=False))
-    assert values["acr"] == 0.25
-    assert values["certified_accuracy"] == [0.6, 0.4, 0.2, 0.2, 0.2]
-    assert values["p_lower_quantiles"]["0.5"] == pytest.approx(0.7)
-    assert values["run"]["sigma"] == 0.5
-
-
-def test_table(tmp_path):
-    published = tmp_path / "published.tsv"
-    published.write_text(LOCUSLAB)
-    text = table({"ours": by_hand(tmp_path), "published": read(published)})
-    lines = {line.rsplit(maxsplit=2)[0]: line.split()[-2:] for line in text.splitlines()[1:]}
-    assert text.splitlines()[0].split() == ["ours", "published"]
-    assert lines["images"] == ["5", "4"]
-    assert lines["ACR"] == ["0.2500", "0.4265"]
-    assert lines["abstained"] == ["1", "1"]
-    assert lines["certified at 0.25"] == ["40.00%", "50.00%"]
-    assert lines["certified at 1"] == ["20.00%", "25.00%"]
-    assert "certified at 1.25" not in lines
-    assert lines["p_A quantile 0.5"] == ["0.699999", "-"]  # the file has 0.6999999...
-    assert len({len(line) for line in text.splitlines()}) == 1
-    assert "certified at 0.3" in table({"ours": by_hand(tmp_path)}, [0.3], target_class=1)
-    seeds = table({"a": by_hand(tmp_path), "b": read(published)}, over_seeds=True).splitlines()
-    assert seeds[0].split() == ["a", "b", "mean±sd"] and seeds[2].split()[1:] == ["0.2500", "0.4265", "0.3382±0.1248"]
-    assert seeds[1].split()[1:] == ["5", "4", "4.5±0.7"] and seeds[-1].split()[-3:-1] != ["-", "-"]
-    assert "mean" not in table({"a": by_hand(tmp_path)}, over_seeds=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

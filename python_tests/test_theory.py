@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pacd_fast import theory
+from pacd_fast.poisoning import theory
 
 RNG = np.random.default_rng(5)
 NEGATIVE, POSITIVE = RNG.normal(0.0, 0.4, 40), RNG.gamma(2.0, 0.3, 40) + 0.2  # no two distributions alike

@@ -1,0 +1,32 @@
+// add_votes_: the classes of noisy copies, counted.
+#pragma once
+
+#include "kernels/votes.h"
+#include "operators/tensors.h"
+
+namespace pacd {
+
+inline constexpr const char* schema_add_votes_ =
+    "add_votes_(Tensor(a!) counts, Tensor logits, Tensor image_index) -> Tensor";
+template <class Exec>
+Tensor add_votes_(Tensor counts, Tensor logits, Tensor image_index) {
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Long && counts.dim() == 2 && counts.is_contiguous(),
+                  "add_votes_: counts must be a contiguous int64 [N, classes]");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) == counts.size(1) && logits.size(1) > 0,
+                  "add_votes_: logits must be [M, classes]");
+  STD_TORCH_CHECK(
+      image_index.scalar_type() == ScalarType::Long && image_index.dim() == 1 && image_index.size(0) == logits.size(0),
+      "add_votes_: image_index must be int64 [M]");
+  on_one_device("add_votes_", counts, logits, image_index);
+  Tensor nan_rows = torch::stable::new_zeros(counts, {counts.size(0)});
+  const Tensor values = torch::stable::contiguous(logits), index = torch::stable::contiguous(image_index);
+  with_float_type(logits.scalar_type(), [&](auto type) {
+    using In = decltype(type);
+    Exec::run_rows(AddVotes<In>{pointer<const In>(values), pointer<const int64_t>(index), pointer<int64_t>(counts),
+                                pointer<int64_t>(nan_rows), counts.size(0), counts.size(1)},
+                   logits.size(0), 8192 / logits.size(1) + 1, counts);
+  });
+  return nan_rows;
+}
+
+}  // namespace pacd

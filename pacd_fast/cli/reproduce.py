@@ -1,0 +1,48 @@
+"""pacd-fast reproduce: a table or a figure of the papers, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pacd_fast.cli.flags import Help, add_fields, device_of, given
+from pacd_fast.experiments import EXPERIMENTS
+from pacd_fast.files import AnotherRun
+
+
+def add_commands(add: Any) -> None:
+    parser = add("reproduce", run, "a table or a figure of the papers, in one command")
+    presets = parser.add_subparsers(dest="preset", required=True, metavar="preset")
+    for name, experiment in EXPERIMENTS.items():
+        text = experiment.title.replace("%", "%%")  # argparse's own sign
+        sub = presets.add_parser(name, help=text, description=text, formatter_class=Help)
+        add_fields(sub, experiment.settings, defaults=experiment.defaults)
+        if experiment.scales is not None:
+            full, small = experiment.scales
+            texts = {
+                field.name: f"{field.metadata['help']}; by default {getattr(full, field.name)}, small "
+                f"{getattr(small, field.name)}"
+                for field in dataclasses.fields(full)
+            }
+            add_fields(sub, type(full), optional=True, texts=texts)
+
+
+def run(options: argparse.Namespace) -> None:
+    experiment = EXPERIMENTS[options.preset]
+    if hasattr(options, "device"):
+        options.device = str(device_of(options.device))
+    settings = experiment.settings(**given(experiment.settings, options))
+    Path(settings.work).mkdir(parents=True, exist_ok=True)
+    if settings.results is not None and not Path(settings.results).parent.is_dir():
+        where = Path(settings.results)
+        raise FileNotFoundError(f"{where}: the folder {where.parent} does not exist; create it or give --results")
+    try:
+        if experiment.scales is None:
+            experiment.run(settings)
+        else:
+            scale = experiment.scales[1 if settings.small else 0]
+            experiment.run(settings, dataclasses.replace(scale, **given(type(scale), options)))
+    except AnotherRun as error:
+        raise ValueError(f"{error}; or give another --work") from error

@@ -1,0 +1,60 @@
+"""pacd-fast train: victims from scratch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pacd_fast.arguments import at_least, number, whole_number
+from pacd_fast.cli.flags import add_data, add_device, add_fields, device_of, given, load_data
+from pacd_fast.poisoning import Poison
+from pacd_fast.tables import mean_and_deviation
+from pacd_fast.training import Training, correct, hyperparameters, numbered, train
+
+
+def add_hyperparameters(sub: argparse.ArgumentParser, text: str = "hyperparameter of {}") -> None:
+    """A flag for every hyperparameter of every method."""
+    for name, (kind, where) in hyperparameters().items():
+        sub.add_argument(f"--{name}", type=whole_number if kind is int else number, help=text.format(where))
+
+
+def hyperparameters_given(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in hyperparameters() if (value := getattr(options, name)) is not None}
+
+
+def add_commands(add: Any) -> None:
+    sub = add("train", run, "train a base classifier")
+    add_data(sub)
+    sub.add_argument("--poison", help="poison file to put into the training images")
+    add_fields(sub, Training, skip=("hyperparameters",))
+    add_hyperparameters(sub)
+    sub.add_argument("--seed", type=whole_number, default=0, help="of initial weights, order and noise")
+    sub.add_argument(
+        "--seeds", type=whole_number, default=1, help="victims to train, seeds from --seed on; files are numbered"
+    )
+    add_device(sub)
+    sub.add_argument("--resume", action="store_true", help="go on from the last epoch of an interrupted run")
+    sub.add_argument("--metrics", help="write a JSON line per epoch to this file")
+    sub.add_argument("--out", required=True, help="checkpoint to write (.safetensors)")
+
+
+def run(options: argparse.Namespace) -> None:
+    device, data = device_of(options.device), load_data(options)
+    if options.poison is not None:
+        data = Poison.load(options.poison).apply(data)
+    at_least("--seeds", options.seeds, 1)
+    settings = Training(hyperparameters=hyperparameters_given(options), **given(Training, options))
+    accuracies = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        out, metrics = (
+            path if path is None or options.seeds == 1 else numbered(path, seed)
+            for path in (options.out, options.metrics)
+        )
+        network = train(
+            out, data, settings, seed=seed, device=device, resume=options.resume, metrics=metrics, progress=True
+        )
+        right = correct(network, *data.split("test"))
+        accuracies.append(float(right.double().mean()))
+        print(f"{out}: accuracy without noise on {len(right)} test images {accuracies[-1]:.2%}")
+    if options.seeds > 1:
+        print(f"over {options.seeds} seeds: {mean_and_deviation(accuracies, '.2%')}")

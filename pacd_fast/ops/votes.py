@@ -1,0 +1,59 @@
+"""Votes: argmax and histogram in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pacd_fast.ops.libraries import FLOATS, operators, require, require_device
+
+
+def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
+    """Votes: counts[image_index[m], argmax(logits[m])] += 1 for every row m, in one pass; the lowest index wins a tie.
+
+    In plain torch ``counts.index_put_((image_index, logits.argmax(1)), one, accumulate=True)``.
+
+    Args:
+        counts: int64 [N, classes], contiguous, changed in place.
+        logits: float32, bfloat16 or float16 [M, classes].
+        image_index: int64 [M] in [0, N).  On the CPU an index outside raises; on CUDA its row is left out.
+
+    Returns:
+        int64 [N]: per image the rows that hold a NaN.  They are counted here and never voted.
+
+    Raises:
+        ValueError: for wrong shapes, dtypes or devices.
+    """
+    require_device(counts)
+    require(
+        counts.dtype == torch.int64 and counts.dim() == 2 and counts.is_contiguous(),
+        "counts must be a contiguous int64 [N, classes]",
+    )
+    require(
+        logits.dim() == 2 and logits.shape[1] == counts.shape[1] and logits.shape[1] > 0 and logits.dtype in FLOATS,
+        lambda: (
+            f"logits must be float32, bfloat16 or float16 [M, {counts.shape[1]}], "
+            f"not {logits.dtype} {tuple(logits.shape)}"
+        ),
+    )
+    require(
+        image_index.dtype == torch.int64 and image_index.shape == logits.shape[:1],
+        lambda: f"image_index must be int64 [{logits.shape[0]}]",
+    )
+    require(
+        counts.device == logits.device == image_index.device, "counts, logits and image_index must be on one device"
+    )
+    if counts.device.type == "cpu" and not torch.compiler.is_compiling() and image_index.numel() > 0:
+        low, high = image_index.aminmax()
+        require(0 <= int(low) and int(high) < counts.shape[0], lambda: f"image_index must be in [0, {counts.shape[0]})")
+    return operators.add_votes_(counts, logits.detach(), image_index)
+
+
+def tally_votes(counts: Tensor, logits: Tensor, image_index: Tensor) -> None:
+    """`add_votes_` without its checks, for loops that made image_index themselves."""
+    operators.add_votes_(counts, logits, image_index)
+
+
+@torch.library.register_fake("pacd_fast::add_votes_")
+def _(counts, logits, image_index):
+    return counts.new_empty(counts.shape[:1])

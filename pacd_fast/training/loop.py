@@ -1,0 +1,359 @@
+"""Training base classifiers: fit(), which takes any loss of losses.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pacd_fast import _C, files
+from pacd_fast.arguments import at_least, not_negative, positive
+from pacd_fast.data import Dataset, as_float
+from pacd_fast.randomness import Purpose, mix, seeded
+from pacd_fast.training.losses import Loss, eval_mode
+
+OPTIMIZERS = ("adam", "momentum", "sgd")
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset | tuple[Tensor, Tensor],
+    loss: Loss,
+    *,
+    epochs: int = 100,
+    batch_size: int = 200,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    optimizer: str = "adam",
+    drops: Sequence[int] = (),
+    augment: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    microbatch: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    metrics: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    after_epoch: Callable[[int, nn.Module], object] | None = None,
+) -> nn.Module:
+    """Trains the model in place and returns it, in eval mode.
+
+    Args:
+        model: on the device to train on; its 4-d weights go to channels_last there.
+        data: a Dataset (its training split) or (images [N, C, H, W] uint8 or float in [0, 1], int64 labels [N]).
+        loss: see `Loss`.
+        epochs, batch_size, lr, weight_decay: as usual (the papers: 100, 200, 1e-3, 0; the decay is the optimiser's l2
+            term); a last batch of fewer than batch_size images is used as it is.
+        optimizer: adam, momentum (SGD with momentum 0.9) or sgd.
+        drops: epochs, counted from 0, from which on the rate is a tenth of what it was.
+        augment: random flip and pad-4 crop, of images [C, H, W].
+        seed: of the order, the augmentation and the noise: the same seed is the same run on one device (on a CPU with
+            one number of threads; on CUDA cuDNN is asked for its deterministic algorithms).
+        dtype: torch.bfloat16 runs the network under autocast; weights, optimiser and losses stay float32.
+        microbatch: images of a batch that go through the network at a time, to save memory; gradients add up to those
+            of the batch, but for batch norm, which sees the part.
+        checkpoint: a file that is rewritten after every epoch; with resume, training goes on from it.  It must be of
+            the same loss, data, settings and network (by what repr prints).
+        metrics: a file of JSON lines, one per epoch: epoch, loss, accuracy (under the loss's own noise), seconds.
+        progress: show a bar with loss, accuracy and time left.
+        after_epoch: called with the epoch, from 0, and the model, which is in training mode.
+
+    On the CPU the C library is told to keep freed memory (see `_C.keep_freed_memory`): without it, fresh pages for
+    every step's activations cost up to a third of the time.
+
+    Raises:
+        ValueError: for arguments out of range, labels that the model has no class for, a checkpoint of another run or
+            of more epochs, or a loss or weight that is not finite (it names the step and the seed that reproduce it;
+            the last checkpoint, whose weights are finite, stands).
+    """
+    images, labels = data.split("train") if isinstance(data, Dataset) else data
+    _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
+    for drop in drops:
+        at_least("drops", drop, 0)
+    if augment and images.dim() != 4:
+        raise ValueError(f"augment needs images [N, C, H, W], not {tuple(images.shape)}")
+    if resume and checkpoint is None:
+        raise ValueError("resume needs checkpoint, the file to go on from")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError("the model has no parameters to train")
+    device = parameter.device
+    if device.type == "cpu":
+        _C.keep_freed_memory()
+    _check_classes(model, images, labels, device)
+    model.to(memory_format=torch.channels_last)
+    method = _optimizer(optimizer, model, lr, weight_decay)
+    described = {
+        "loss": _named(loss), "data": digest(images, labels), "images": len(images),
+        "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "optimizer": optimizer,
+        "drops": list(drops), "augment": augment, "seed": seed,
+        "dtype": str(dtype), "microbatch": microbatch, "model": _network(model),
+    }  # fmt: skip
+    first = _resumed(Path(checkpoint), model, method, described) if checkpoint is not None and resume else 0
+    if first > epochs:
+        raise files.AnotherRun(
+            f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
+        )
+    if metrics is not None:
+        files.keep_lines(Path(metrics), first)
+    run = _Run(
+        model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs
+    )
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    total = epochs * run.steps
+    with (
+        tqdm(total=total, initial=first * run.steps, unit="step", disable=not progress, mininterval=interval) as bar,
+        _Deterministic(),
+        _Accuracy(model, device) as accuracy,
+    ):
+        for epoch in range(first, epochs):
+            for group in method.param_groups:
+                group["lr"] = lr * 0.1 ** sum(epoch >= drop for drop in drops)
+            line = run.epoch(epoch, accuracy, bar)
+            if metrics is not None:
+                with open(metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            if checkpoint is not None:
+                state = {"model": model.state_dict(), "optimizer": method.state_dict(), "epoch": epoch + 1}
+                files.write(Path(checkpoint), described, state)
+            if after_epoch is not None:
+                after_epoch(epoch, model)
+    return model.eval()
+
+
+@dataclass
+class _Run:
+    """A training run whose arguments are checked: its epochs, and their steps."""
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    loss: Any
+    optimizer: torch.optim.Optimizer
+    batch_size: int
+    microbatch: int | None
+    augment: bool
+    seed: int
+    dtype: torch.dtype
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return -(-len(self.images) // self.batch_size)
+
+    def epoch(self, epoch: int, accuracy: _Accuracy, bar: tqdm) -> dict[str, Any]:
+        """All steps of an epoch; its line of the metrics."""
+        self.model.train()
+        accuracy.clear()
+        started, device = time.perf_counter(), self.images.device
+        total = torch.zeros((), device=device)
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(len(self.images), generator=generator).to(device)
+        loss = self.loss.at_epoch(epoch) if hasattr(self.loss, "at_epoch") else self.loss
+        with seeded(device, mix(self.seed, epoch, Purpose.DROPOUT)):
+            for step, index in enumerate(order.split(self.batch_size)):
+                mean = self.step(loss, epoch, step, index, generator, accuracy)
+                total += mean * len(index)
+                bar.update()
+                if step % 20 == 0:
+                    bar.set_postfix_str(
+                        f"epoch {epoch + 1}/{self.epochs}, loss {float(mean):.4f}, accuracy {accuracy.share():.2%}"
+                    )
+        return {
+            "epoch": epoch,
+            "loss": float(total) / len(self.images),
+            "accuracy": accuracy.share(),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def step(
+        self, loss: Loss, epoch: int, step: int, index: Tensor, generator: torch.Generator, accuracy: _Accuracy
+    ) -> Tensor:
+        """One step of the optimiser on the images `index`; their mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        device = self.images.device
+        mean = torch.zeros((), device=device)
+        for part, chosen in enumerate(index.split(self.microbatch or self.batch_size)):
+            x, y = as_float(self.images[chosen]), self.labels[chosen]
+            if self.augment:
+                x = _augmented(x, generator)
+            noise = mix(self.seed, epoch, Purpose.NOISE, step, part)
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                value = loss(self.model, x, y, seed=noise) * (len(chosen) / len(index))
+            if not bool(torch.isfinite(value)):
+                raise ValueError(
+                    f"the loss is {float(value.detach())} at epoch {epoch}, step {step} "
+                    f"(noise seed {noise}); the last checkpoint stands; a smaller lr may help"
+                )
+            value.backward()
+            mean += value.detach()
+            accuracy.count(y)
+        self.optimizer.step()
+        if step == self.steps - 1 and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise ValueError(
+                f"the weights are not finite after epoch {epoch}, step {step} (noise seed {noise}); "
+                "the last checkpoint stands; a smaller lr may help"
+            )
+        return mean
+
+
+class _Accuracy:
+    """How many of the network's last logits are right, whichever loss asked for them; a forward hook sees them."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.clear()
+
+    def clear(self) -> None:
+        self.last: Tensor | None = None
+        self.right, self.voted = torch.zeros((), dtype=torch.int64, device=self.device), 0
+
+    def count(self, y: Tensor) -> None:
+        """The logits [len(y) * copies, classes] of the last pass, if that is what they are."""
+        logits, self.last = self.last, None
+        if logits is not None and logits.dim() == 2 and len(logits) % len(y) == 0:
+            votes = logits.detach().argmax(1).view(len(y), -1)
+            self.right += (votes == y.unsqueeze(1)).sum()
+            self.voted += votes.numel()
+
+    def share(self) -> float:
+        return int(self.right) / max(self.voted, 1)
+
+    def _see(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        self.last = logits
+
+    def __enter__(self) -> _Accuracy:
+        self._hook = self.model.register_forward_hook(self._see)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hook.remove()
+
+
+class _Deterministic:
+    """cuDNN's deterministic algorithms for a while."""
+
+    def __enter__(self) -> None:
+        self._before = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        torch.backends.cudnn.deterministic = self._before
+
+
+def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random horizontal flip and random crop after padding 4, each image its own, as is usual for CIFAR-10."""
+    batch, _, height, width = x.shape
+    flip = torch.rand(batch, generator=generator).to(x.device) < 0.5
+    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+    shift = torch.randint(0, 9, (2, batch), generator=generator).to(x.device)
+    rows = shift[0].view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
+    columns = shift[1].view(-1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, -1)
+    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    images = torch.arange(batch, device=x.device).view(-1, 1, 1)
+    return padded[images, rows, columns].permute(0, 3, 1, 2)
+
+
+def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}: give {', '.join(OPTIMIZERS)}")
+    momentum = 0.9 if name == "momentum" else 0.0
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+
+
+def _check(
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    dtype: torch.dtype,
+    microbatch: int | None,
+) -> None:
+    if images.dim() < 2 or len(images) == 0 or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            "data must be images [N, ...] and int64 labels [N], not "
+            f"{tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        )
+    at_least("epochs", epochs, 1)
+    at_least("batch_size", batch_size, 1)
+    at_least("microbatch", batch_size if microbatch is None else microbatch, 1)
+    positive("lr", lr)
+    not_negative("weight_decay", weight_decay)
+    if images.is_floating_point() and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise ValueError(f"float images must be in [0, 1], not in [{float(images.min()):g}, {float(images.max()):g}]")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+
+
+@torch.no_grad()
+def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    """Two images through the network: it must give logits, and have a class for every label."""
+    with eval_mode(model):
+        try:
+            logits = model(as_float(images[:2]).to(device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"the model does not take images {tuple(images.shape[1:])}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images[:2]):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits [B, classes], not {found} for {len(images[:2])} images")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, and are in [{low}, {high}]")
+
+
+def digest(images: Tensor, labels: Tensor) -> str:
+    """The first 12 hex digits of SHA-256 over dtype, shape and content of images and labels."""
+    found = hashlib.sha256()
+    for part in (images, labels):
+        found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:12]
+
+
+def _named(loss: Any) -> str:
+    """Gaussian(sigma=0.5, k=1): a loss and its numbers; of others than dataclasses, those that are plain attributes."""
+    if dataclasses.is_dataclass(loss) and not isinstance(loss, type):
+        fields = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
+        name = type(loss).__name__
+    else:
+        plain = (bool, int, float, str)
+        fields = {key: value for key, value in getattr(loss, "__dict__", {}).items() if isinstance(value, plain)}
+        kind = loss if hasattr(loss, "__qualname__") else type(loss)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name}({', '.join(f'{key}={value}' for key, value in fields.items())})"
+
+
+def _network(model: nn.Module) -> str:
+    """A network's class and a digest of what it prints, which has its layers and their numbers."""
+    return f"{type(model).__qualname__}@{hashlib.sha256(repr(model).encode()).hexdigest()[:12]}"
+
+
+def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, described: dict[str, Any]) -> int:
+    """Loads a checkpoint of this very run and returns the next epoch; 0 where there is none yet."""
+    state = files.read(path, described, "training", next(model.parameters()).device)
+    if state is None:
+        return 0
+    files.restore(path, model, state["model"], optimizer, state["optimizer"])
+    return int(state["epoch"])

@@ -1,0 +1,188 @@
+"""The commands poison and audit, the pictures of poison, and the tables and figures of PACD as experiments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_pacd import TINY, digits  # noqa: F401
+
+from pacd_fast.cli import main
+from pacd_fast.experiments import EXPERIMENTS, lab, plots
+from pacd_fast.poisoning import Audited, Ball, Poison, watermark
+
+
+@pytest.fixture(scope="module")
+def npz(digits, tmp_path_factory) -> Path:  # noqa: F811
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    arrays = {
+        "x_train": torch.cat([digits.x_train, digits.x_val]),
+        "y_train": torch.cat([digits.y_train, digits.y_val]),
+    }
+    arrays |= {"x_test": digits.x_test, "y_test": digits.y_test}
+    np.savez(path, **{name: array.numpy() for name, array in arrays.items()})
+    return path
+
+
+def test_the_commands_poison_and_audit(npz, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", str(npz), "--device", "cpu"]
+    craft = ["--target-class", "2", "--model", TINY, "--sigma", "0.4", "--epochs", "2", "--clean-batch", "200"]
+    craft += ["--poison-batch", "60", "--upper-batch", "30", "--lower-lr", "0.005", "--validation", "100"]
+    assert main(["poison", "pacd", *data, *craft, "--epsilon", "38/255", "--out", "p.npz", "--metrics", "m.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "class 2; largest linf distortion 0.1490 (epsilon 0.14902)" in said and Path("p.png").stat().st_size > 5000
+    assert len(Path("m.jsonl").read_text().splitlines()) == 2 * (len(Poison.load("p.npz").index) // 60)
+    mark = ["--target-class", "2", "--validation", "100", "--out", "mark.npz"]
+    assert main(["poison", "watermark", *data, *mark]) == 0
+    judge = ["--poison", "p.npz", "mark.npz", "--model", TINY, "--seeds", "2", "--epochs", "3", "--count", "6"]
+    judge += ["--n", "100", "--others", "4", "--others-n", "50", "--attacked", "2", "--lr", "0.003"]
+    capsys.readouterr()
+    assert main(["audit", *data, *judge]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["data", "clean", "p", "mark"]
+    assert "clean, victim 1 of 2 (seed 0)" in said.err and "p, victim 2 of 2 (seed 1)" in said.err
+    content = json.loads(Path("audit/audit.json").read_text())
+    assert content["poisons"]["p"]["target_class"] == 2 and content["audit"]["sigma"] == 0.4
+    assert {len(v) for each in content["measured"].values() for v in each.values()} == {2}
+    assert Path("audit/curves.png").stat().st_size > 5000
+    before = {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
+    assert len(before) == 6
+    assert main(["audit", *data, *judge]) == 0  # everything is there: nothing is trained again
+    assert capsys.readouterr().out == said.out
+    assert before == {path.name: path.stat().st_mtime_ns for path in Path("audit").glob("*.safetensors")}
+    # poison for other classes is not judged by the first one's, nor with flags that nobody reads
+    assert main(["poison", "watermark", *data, mark[0], "1", *mark[2:-1], "other.npz"]) == 0
+    capsys.readouterr()
+    assert main(["audit", *data, "--poison", "mark.npz", "other.npz", "--sigma", "0.4"]) == 2
+    assert "the poison files differ in target_class (1, 2)" in capsys.readouterr().err
+    assert main(["audit", *data, "--poison", "mark.npz", "--method", "standard"]) == 2
+    assert "which noise to certify with: give --sigma" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["poison", "pacd", *data, *craft, "--budget", "0.2", "--out", "q.npz"])
+    assert "unrecognized arguments: --budget" in capsys.readouterr().err
+    Path("notes.txt").write_text("mine")
+    assert main(["poison", "pacd", *data, *craft, "--out", "q.npz", "--metrics", "notes.txt"]) == 2
+    assert Path("notes.txt").read_text() == "mine"
+    # another class in the same folder is another audit: nothing of the first is counted
+    assert main(["poison", "pacd", *data, *craft, "--target-class", "1", "--out", "p1.npz"]) == 0
+    again = [*judge[3:], "--poison", "p1.npz"]
+    assert main(["audit", *data, *again]) == 0
+    alone = json.loads(Path("audit/audit.json").read_text())["measured"]["clean"]
+    assert main(["audit", *data, *again, "--work", "fresh"]) == 0
+    assert json.loads(Path("fresh/audit.json").read_text())["measured"]["clean"]["accuracy"] == alone["accuracy"]
+    for seed in range(2):
+        names = {path.name for path in Path("audit").glob(f"clean-gaussian-{seed}.*.tsv")}
+        kinds = {f"{prefix}class-{label}" for prefix in ("", "not-") for label in (1, 2)}
+        assert names == {f"clean-gaussian-{seed}.{kind}.tsv" for kind in kinds}
+    # other data, another split, a class that is not there, no folder
+    wrong = [
+        (["audit", "--data", "mnist5k", "--poison", "p.npz"], "the poison was made for digits@"),
+        (["audit", *data, "--poison", "p.npz", "--train-images", "300"], "give the same --data"),
+        (["audit", *data, "--poison", "none.npz"], "no such poison file"),
+        (["poison", "pacd", *data, *craft, "--target-class", "9", "--out", "q.npz"], "has no class '9'"),
+        (["poison", "pacd", *data, *craft, "--out", "nowhere/q.npz"], "create it first"),
+        (["poison", "pacd", *data, *craft, "--epsilon", "0", "--out", "q.npz"], "epsilon must be positive"),
+        (["poison", "pacd", *data, *craft, "--out", "q.txt"], "must end in .npz"),
+        (["train", "--data", "mnist5k", "--poison", "p.npz", "--out", "v.safetensors"], "the poison was made for"),
+    ]
+    for arguments, message in wrong:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in error and error.startswith("pacd-fast ")
+
+
+def test_pictures(digits, tmp_path):  # noqa: F811
+    marked = watermark(digits, target_class=1, ball=Ball(0.05))
+    plots.poison(marked, digits, tmp_path / "p.pdf")
+    plots.bars({"a": {"clean": [1.0, 1.2], "poison": [0.5]}, "b": {"clean": [1.0]}}, tmp_path / "b.svg", "ACR", "x")
+    assert (tmp_path / "p.pdf").stat().st_size > 3000 and "ACR" in (tmp_path / "b.svg").read_text()[: 10**6]
+    with pytest.raises(ValueError, match="name it .png"):
+        plots.poison(marked, digits, tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.bars({}, tmp_path / "b.png", "", "")
+    with pytest.raises(ValueError, match="changes no image"):
+        empty = dataclasses.replace(marked, index=marked.index[:0], images=marked.images[:0])
+        plots.poison(empty, digits, tmp_path / "p.png")
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Crafting and auditing replaced: what was crafted and audited, and figures that depend on names alone."""
+    crafted, audited = [], []
+
+    def fake_pacd(data, attack, **options):
+        crafted.append(attack)
+        return Poison("pacd", torch.zeros(0, dtype=torch.int64), data.x_train[:0], data.y_train[:0], attack.ball, "x")
+
+    def fake_audit(data, poisons, settings, work, **options):
+        audited.append((settings, Path(work).name))
+        levels = {"clean": 1.0, "watermark": 0.995, "random": 0.99}
+        found = {}
+        for stem in ("clean", *poisons):
+            level = next((value for name, value in levels.items() if stem.endswith(name)), 0.5)
+            level -= 0.02 * stem.count("seed1")
+            figures = {field.name: [level + 0.01 * s for s in range(settings.seeds)] for field in FIELDS}
+            found[stem] = Audited(**figures)
+        return found
+
+    monkeypatch.setattr(lab, "pacd", fake_pacd)
+    monkeypatch.setattr(lab, "audit", fake_audit)
+    return crafted, audited
+
+
+FIELDS = dataclasses.fields(Audited)
+OF_CLASSES = [name for name, experiment in EXPERIMENTS.items() if experiment.scales is not None and name != "table6"]
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
+    """With crafting and audits replaced: which poisons are made, which figures go into which row, what is concluded."""
+    crafted, audited = stubs
+    options = ["reproduce", name, "--small", "--work", str(tmp_path / "w"), "--results", str(tmp_path / "r.json")]
+    options += ["--data", "mnist"]
+    assert main(options) == 0
+    printed = capsys.readouterr()
+    table = json.loads((tmp_path / "r.json").read_text())
+    (claim,) = table.pop("PACD claims")["rows"]
+    assert (
+        claim["preset"] == name and claim["verdict"] in ("holds", "does not hold here") or "in part" in claim["verdict"]
+    )
+    (rows,) = [each["rows"] for each in table.values()]
+    assert all(row["data"] == "mnist5k" and row["n"] == 1000 for row in rows)
+    assert printed.out.count("| mnist5k") == len(rows)  # the table is printed as it goes into the page of figures
+    assert (tmp_path / "w" / f"mnist5k-{name}.png").stat().st_size > 5000
+    assert {attack.seed for attack in crafted} == {0, 1} and audited
+    if name == "table2":
+        by_name = {row["training data"]: row for row in rows}
+        assert by_name["poison"]["ACR"] == "0.500±0.014" and by_name["poison"]["ACR falls by"] == "50.5%"
+        assert by_name["poison"]["victims"] == 6 and by_name["poison"]["sd of poisons, victims"] == "0.013, 0.010"
+        assert all(row["epochs"] == 40 for row in rows) and claim["verdict"] == "holds"
+        assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "0.5%"
+    if name == "fig4":  # what its own small scale says
+        assert all(row["epochs"] == 30 for row in rows) and all(s.training.epochs == 30 for s, _ in audited)
+        assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice
+    before = len(crafted)
+    assert main(options) == 0 and len(crafted) == before  # poison is kept
+    assert main([*options, "--craft-epochs", "2"]) == 0  # other poison, under another name
+    assert len(crafted) > before
+    capsys.readouterr()
+    assert main([*options, "--seeds", "0"]) == 2 and "seeds must be at least 1" in capsys.readouterr().err
+    assert main([*options[:-1], "fashion-mnist"]) == 2
+    assert "--data must be mnist, cifar10" in capsys.readouterr().err
+
+
+def test_table_6_prints_the_analysis_beside_the_attack(tmp_path, capsys):
+    options = ["reproduce", "table6", "--n", "100", "--work", str(tmp_path)]
+    assert main([*options, "--results", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["PACD table 6"]["rows"]
+    assert [row["sigma"] for row in rows] == [0.25, 0.5, 0.75]
+    for row in rows:
+        for state, value in (("clean", 0.4243), ("poisoned", 0.3536)):
+            assert row[f"{state}, analysis"] == value
+            assert abs(float(row[f"distance {state}"].split("±")[0]) - value) < 3 * row["standard error of a distance"]
