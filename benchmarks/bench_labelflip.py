@@ -49,7 +49,7 @@ def numpy_newton(alpha: np.ndarray, y: np.ndarray, q: float) -> float:
 
 
 def exponentials(alpha: np.ndarray, y: np.ndarray, q: float) -> int:
-    """Exponentials a label in the operator's solver: one a Halley step (csrc/kernels/chernoff.h), and one for the bound."""
+    """Exponentials a label in the operator's solver: one a Halley step (csrc/kernels/chernoff.h), one for the bound."""
     one = np.where(y == 1, 1 - q, q)
 
     def move(slope: float, bend: float, third: float) -> float:
