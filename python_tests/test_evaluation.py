@@ -125,4 +125,5 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(victims, "fit", stopped)
     row = ["reproduce", "clean-mnist", "--data", write_data(tmp_path, 5100, "mnist"), "--epochs", "1", "--work", "w"]
+    row += ["--count", "3"]
     assert main(row) == 130 and "run the same command again to go on" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_the_commands_poison_and_audit(npz, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     lines = said.out.splitlines()
     assert [line.split()[0] for line in lines] == ["data", "clean", "p", "mark"]
-    assert "+ pacd-fast train" in said.err and "--poison p.npz" in said.err
+    assert "clean, victim 1 of 2 (seed 0)" in said.err and "p, victim 2 of 2 (seed 1)" in said.err
     content = json.loads(Path("audit/audit.json").read_text())
     assert content["poisons"]["p"]["target_class"] == 2 and content["audit"]["sigma"] == 0.4
     assert {len(v) for each in content["measured"].values() for v in each.values()} == {2}
@@ -122,7 +122,7 @@ def stubs(monkeypatch):
 
     def fake_audit(data, poisons, settings, work, **options):
         audited.append((settings, Path(work).name))
-        levels = {"clean": 1.0, "watermark": 0.98, "random": 0.99}
+        levels = {"clean": 1.0, "watermark": 0.995, "random": 0.99}
         found = {}
         for stem in ("clean", *poisons):
             level = next((value for name, value in levels.items() if stem.endswith(name)), 0.5)
@@ -163,7 +163,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         assert by_name["poison"]["ACR"] == "0.500±0.014" and by_name["poison"]["ACR falls by"] == "50.5%"
         assert by_name["poison"]["victims"] == 6 and by_name["poison"]["sd of poisons, victims"] == "0.013, 0.010"
         assert all(row["epochs"] == 40 for row in rows) and claim["verdict"] == "holds"
-        assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "2.0%"
+        assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "0.5%"
     if name == "fig4":  # what its own small scale says
         assert all(row["epochs"] == 30 for row in rows) and all(s.training.epochs == 30 for s, _ in audited)
         assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from pacd_fast import largest_radius
 from pacd_fast.certification import Results, Run, summarize
 from pacd_fast.experiments import plots
 
@@ -58,8 +59,8 @@ def test_the_curve_is_the_certified_accuracy_at_every_radius(result):
 
 def test_largest_radius():
     # With mpmath: 0.5 * sqrt(2) * erfinv(2 * mpf("0.001") ** (mpf(1) / 100000) - 1).
-    assert plots._largest_radius(RUN) == pytest.approx(1.9057282816949759, abs=1e-9)
-    assert plots._largest_radius(Run(1, 5, 0.001, 0.5, 1, "float32", "m", "d")) == 0
+    assert largest_radius(0.5, 100_000, 0.001) == pytest.approx(1.9057282816949759, abs=1e-9)
+    assert largest_radius(0.5, 5, 0.001) == 0
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
@@ -91,8 +92,8 @@ def test_what_is_in_the_picture(monkeypatch, tmp_path):
     assert bounds.lines[0].get_xdata()[1] == pytest.approx(0.3)
     assert figure.get_suptitle() == "MNIST"
     limit = [line for line in curves.lines if line.get_linestyle() == ":" and len(line.get_xdata()) == 2]
-    assert [line.get_xdata()[0] for line in limit] == [plots._largest_radius(RUN)]
-    assert curves.get_xlim()[1] >= plots._largest_radius(RUN)
+    assert [line.get_xdata()[0] for line in limit] == [largest_radius(RUN.sigma, RUN.n, RUN.alpha)]
+    assert curves.get_xlim()[1] >= largest_radius(RUN.sigma, RUN.n, RUN.alpha)
 
 
 def test_without_bounds_there_is_one_panel(monkeypatch, tmp_path):

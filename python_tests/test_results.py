@@ -225,7 +225,7 @@ def test_impossible_rows_are_not_written(tmp_path):
     with ResultsFile(path, RUN) as file:
         file.append(row(0))
         for bad, message in [
-            (row(0), "stands in .* already"),
+            (row(0), "is in .* already"),
             (row(-1), "negative"),
             (row(1, predict=-2), "negative"),
             (row(1, radius=math.nan), "radius nan"),
@@ -273,7 +273,7 @@ def test_locuslab_files(tmp_path):
         (lambda t: t.replace("radius", "Radius"), "is not a results file"),
         (lambda t: t.replace("\t0.5\t", "\thalf\t", 1), "line 2: malformed row (could not convert"),
         (lambda t: t.replace("\n1\t", "\n1.0\t"), "line 3: malformed row (invalid literal"),
-        (lambda t: t.replace("\n2\t", "\n1\t"), "line 4: image 1 stands in the file twice"),
+        (lambda t: t.replace("\n2\t", "\n1\t"), "line 4: image 1 is in the file twice"),
         (lambda t: t.replace("\n1\t3\t3", "\n1\t3\t2"), "line 3: malformed row (correct is 1 for label 3 and"),
         (lambda t: t.replace("\n1\t3\t3\t0.6", "\n1\t3\t3\t-0.6"), "line 3: malformed row (radius -0.6"),
         (lambda t: t.replace("\n1\t3\t3\t0.699999", "\n1\t3\t3\tnan"), "line 3: malformed row (radius nan"),
@@ -296,7 +296,7 @@ def test_read_several_files(tmp_path):
     first = write(tmp_path / "a.tsv", [row(0), row(2)])
     second = write(tmp_path / "b.tsv", [row(1)])
     assert read_results([first, second]).idx.tolist() == [0, 2, 1]
-    with pytest.raises(ValueError, match="image 0 stands both in"):
+    with pytest.raises(ValueError, match="image 0 is both in"):
         read_results([first, first])
     other = write(tmp_path / "c.tsv", [row(5)], dataclasses.replace(RUN, seed=5))
     with pytest.raises(ValueError, match=r"c\.tsv is another run: seed is 5 there"):

@@ -58,6 +58,10 @@ PACD_INLINE TailSum<Real> tail_sum(int64_t n, int64_t k, Dd odds, double rest) {
   return {sum, moment, unit * moment / sum.hi + 0x1p-90};
 }
 
+PACD_HD inline Dd log_binomial(int64_t n, int64_t k) {
+  return log_factorial(n) - log_factorial(k) - log_factorial(n - k);
+}
+
 // log P(Binomial(n, x) >= k), within `doubt` on the side that matters, and S.
 struct LogTail {
   Dd value;
@@ -73,7 +77,7 @@ struct BinomialTail {
 
   PACD_HD BinomialTail(int64_t draws, int64_t hits, double level, bool wants_complement, bool is_least)
       : n(draws), k(hits), complement(wants_complement), at_least(is_least) {
-    log_choose = log_factorial(n) - log_factorial(k) - log_factorial(n - k);
+    log_choose = log_binomial(n, k);
     log_level = log(Dd(level)) + outward(-0x1p-94 * 500.0);
   }
 
@@ -173,6 +177,14 @@ PACD_HD inline double clopper_pearson_bound(int64_t k, int64_t n, double alpha, 
     p = next;
   }
   return inward ? p : trivial;
+}
+
+PACD_HD inline double clopper_pearson_lower(int64_t k, int64_t n, double alpha) {
+  return clopper_pearson_bound(k, n, alpha, false);
+}
+
+PACD_HD inline double clopper_pearson_upper(int64_t k, int64_t n, double alpha) {
+  return clopper_pearson_bound(k, n, alpha, true);
 }
 
 }  // namespace pacd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,9 @@ def _audited(
     """Trains and certifies the victims of one training set; images: the data with its poison in."""
     target, others = [], []
     victims = settings.victims(name, work)
-    for seed, victim in victims.items():
+    for number, (seed, victim) in enumerate(victims.items(), 1):
+        if progress:
+            print(f"{name}, victim {number} of {settings.seeds} (seed {seed})", file=sys.stderr, flush=True)
         metrics = victim.with_suffix(".jsonl")
         train(
             victim, images, settings.training, seed=seed, device=device, resume=True, metrics=metrics, progress=progress
