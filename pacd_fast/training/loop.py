@@ -108,7 +108,7 @@ def fit(
             f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
         )
     if metrics is not None:
-        files.keep_lines(Path(metrics), first)
+        files.keep_lines(metrics, first)
     run = _Run(
         model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs
     )
@@ -124,8 +124,7 @@ def fit(
                 group["lr"] = lr * 0.1 ** sum(epoch >= drop for drop in drops)
             line = run.epoch(epoch, accuracy, bar)
             if metrics is not None:
-                with open(metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                files.append_line(metrics, json.dumps(line))
             if checkpoint is not None:
                 state = {"model": model.state_dict(), "optimizer": method.state_dict(), "epoch": epoch + 1}
                 files.write(Path(checkpoint), described, state)
@@ -355,5 +354,7 @@ def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, des
     state = files.read(path, described, "training", next(model.parameters()).device)
     if state is None:
         return 0
-    files.restore(path, model, state["model"], optimizer, state["optimizer"])
-    return int(state["epoch"])
+    with files.taken_up(path):
+        epoch, weights, moments = int(state["epoch"]), state["model"], state["optimizer"]
+    files.restore(path, model, weights, optimizer, moments)
+    return epoch
