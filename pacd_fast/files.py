@@ -82,8 +82,10 @@ def read_json(path: str | os.PathLike[str], kind: str) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong in a few words: the first sentence of an error of a library, and the error's name."""
+    """What went wrong in a few words: the first sentence of an error, and its name but for a ValueError."""
     text = re.split(r"\n|(?<=[a-z0-9)\]'\"])\. ", str(error).strip(), maxsplit=1)[0]
+    if type(error) is ValueError and text:
+        return one_line(text, 160)
     return f"{type(error).__name__}: {one_line(text, 120)}" if text else type(error).__name__
 
 
