@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,40 @@ from pacd_fast.networks import BUILT_IN, Checkpoint, load_checkpoint
 
 
 def add_checkpoint(sub: argparse.ArgumentParser, **more: Any) -> None:
-    """--checkpoint and --model."""
+    """--checkpoint, and what it may not say itself."""
     sub.add_argument(
         "--checkpoint", required=True, **{"help": "our .safetensors, a state_dict, or locuslab's checkpoint", **more}
     )
     networks = f"{', '.join(BUILT_IN)} or package.module:function"
     sub.add_argument("--model", help=f"where the checkpoint does not say it: {networks}")
+    sub.add_argument("--num-classes", type=whole_number, help="where neither the checkpoint nor the data say it")
+    for name in ("mean", "std"):
+        sub.add_argument(
+            f"--{name}", type=number, nargs="+", metavar="X",
+            help=f"{name} of a channel of the normalisation in front, where the checkpoint does not hold it; by default "
+            "none, and for locuslab's files that of CIFAR-10",
+        )  # fmt: skip
 
 
-def checkpoint_for(path: str, model: str | None, data: Dataset) -> Checkpoint:
-    """A checkpoint that fits the data."""
-    return load_checkpoint(
-        path, arch=model, num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size
+def checkpoint_for(path: str, options: argparse.Namespace, data: Dataset) -> Checkpoint:
+    """A checkpoint of the command line that fits the data; says what was done to make it fit."""
+    num_classes = options.num_classes
+    if num_classes is None and len(data.x_train):  # test images alone may not be of every class
+        num_classes = data.num_classes
+    found = load_checkpoint(
+        path,
+        arch=options.model,
+        num_classes=num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        mean=options.mean,
+        std=options.std,
     )
+    if found.num_classes < data.num_classes:
+        raise ValueError(f"{path} knows {found.num_classes} classes, and the images are of {data.num_classes}")
+    for note in found.notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    return found
 
 
 def add_commands(add: Any) -> None:
@@ -76,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     images = None if options.images is None else tuple(options.images)
     selection = Selection(target, others, images, options.count, options.choice, options.skip, options.max, shard)
     certify_dataset(
-        checkpoint_for(options.checkpoint, options.model, data),
+        checkpoint_for(options.checkpoint, options, data),
         data,
         options.split,
         selection.indices(data.split(options.split)[1]),

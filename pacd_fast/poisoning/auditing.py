@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pacd_fast.certification import Results, Selection, certify_dataset, exactly, pooled, read_results, summarize
-from pacd_fast.data import Dataset, as_float, random_subset
+from pacd_fast.data import Dataset, random_subset
 from pacd_fast.files import read_json, replaced
 from pacd_fast.networks import load_checkpoint
 from pacd_fast.poisoning.poison import Poison
@@ -165,7 +165,7 @@ def _evaluated(
         measured = [
             evaluate(
                 load_checkpoint(victim, arch=settings.training.model).model.to(device),
-                as_float(images),
+                images,
                 labels,
                 sigma=settings.sigma,
                 attacked=attacked,
