@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("bench_ops", "bench_certify", "bench_labelflip", "bench_training", "bench_pacd", "bench_metapoison")
+NAMES = (
+    "bench_ops",
+    "bench_lattice",
+    "bench_certify",
+    "bench_labelflip",
+    "bench_training",
+    "bench_pacd",
+    "bench_metapoison",
+    "bench_sequential",
+)
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:

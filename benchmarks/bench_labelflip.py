@@ -1,6 +1,9 @@
 """Label-flip certificates: the bound against NumPy and mpmath, whole test sets, torch's exponentials beside it.
 
 Synthetic features of the sizes of MNIST 1/7 (13 007 labels, 2 163 test points) and MNIST (60 000 and 10 000).
+
+Attacks a point with 50 and 1280 features:   python -m benchmarks.bench_labelflip attack
+Rules for the ridge parameter, by real data: python -m benchmarks.bench_labelflip ridge MNIST_DIR CIFAR10.npz
 """
 
 from __future__ import annotations
@@ -18,6 +21,16 @@ import torch
 
 from benchmarks.report import medians, record
 from pacd_fast import _C, LabelFlipCertifier, ops
+from pacd_fast.data import as_float, load_dataset
+from pacd_fast.labelflips import (
+    LogisticAttack,
+    kmeans_patches,
+    load_features,
+    network_features,
+    pca,
+    random_convolutions,
+    train_feature_network,
+)
 
 Q = 0.1
 
@@ -49,7 +62,7 @@ def numpy_newton(alpha: np.ndarray, y: np.ndarray, q: float) -> float:
 
 
 def exponentials(alpha: np.ndarray, y: np.ndarray, q: float) -> int:
-    """Exponentials a label in the operator's solver: one a Halley step (csrc/kernels/chernoff.h), and one for the bound."""
+    """Exponentials a label in the operator's solver: one a Halley step (kernels/chernoff.h), and one for the bound."""
     one = np.where(y == 1, 1 - q, q)
 
     def move(slope: float, bend: float, third: float) -> float:
@@ -163,14 +176,145 @@ def ten_classes(device: str) -> tuple[float, float]:
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def attacks() -> list[dict[str, Any]]:
+    """CPU seconds a test point of the attack on logistic regression: 1 800 points, 1 280 features, and 50 of them."""
+    x, y, test = problem(1800, 8, 1280, 2, 0.06)
+    few = pca(x, 50, whiten=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds: dict[int, list[float]] = {50: [], 1280: []}
+    for _ in range(3):  # in turn, so that a slow moment hits both
+        for features, points, training in ((50, few(test), few(x)), (1280, test, x)):
+            attack = LogisticAttack(training, y)
+            began = time.process_time()
+            flips = [attack.flips(point) for point in points]
+            seconds[features].append((time.process_time() - began) / len(flips))
+    torch.set_num_threads(threads)
+    return [
+        {"attack on logistic regression": f"{k} features", "CPU s a point": min(s), "times": min(s) / min(seconds[50])}
+        for k, s in seconds.items()
+    ]
+
+
+Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def ridge_problems(mnist: str, cifar10: str) -> dict[str, Problem]:
+    """Narrow and wide features with their labels: X, y, test X, test y."""
+    found: dict[str, Problem] = {}
+
+    def of(name: str, features: str, dim: int) -> Problem:
+        data = load_features(name, features, dim, data_dir=mnist)
+        return tuple(map(torch.from_numpy, (data.x_train, data.y_train, data.x_test, data.y_test)))  # type: ignore[return-value]
+
+    def mapped(features: Any, images: Any, n: int, pair: bool) -> Problem:
+        parts: list[torch.Tensor] = []
+        for part in ("train", "test"):
+            x, y = images.split(part)
+            if pair:
+                x, y = x[(y == 1) | (y == 7)], (y[(y == 1) | (y == 7)] == 7).long()
+            parts += [features(as_float(x[:n])).double(), y[:n]]
+        scale = parts[0].std(0)
+        scale[scale == 0] = 1.0
+        return parts[0] / scale, parts[1], parts[2] / scale, parts[3]
+
+    found["MNIST 1/7, network 50"] = of("mnist17", "network", 50)
+    found["MNIST, ICA 30"] = of("mnist", "ica", 30)
+    digits, pictures = load_dataset("mnist", data_dir=mnist), load_dataset(cifar10)
+    others = (digits.y_train != 1) & (digits.y_train != 7)
+    network = train_feature_network(as_float(digits.x_train[others]), digits.y_train[others], dim=1280, epochs=2)
+    found["MNIST 1/7, network 1280"] = mapped(lambda x: network_features(network, x), digits, 1800, True)
+    convolutions = random_convolutions(1, 1280)
+    found["MNIST 1/7, random convolutions 1280"] = mapped(convolutions, digits, 1800, True)
+    found["MNIST, random convolutions 1280"] = mapped(convolutions, digits, 5000, False)
+    patches = kmeans_patches(as_float(pictures.x_train[:5000]), 320, stride=2, patches=100_000)
+    found["CIFAR-10 car/horse, k-means 1280"] = mapped(patches, pictures, 1800, True)
+    found["CIFAR-10, k-means 1280"] = mapped(patches, pictures, 10_000, False)
+    for name, n, k, classes, spread, decay in (
+        ("2 Gaussians, 50", 13_007, 50, 2, 0.35, 0.0),
+        ("2 Gaussians, 1280", 1800, 1280, 2, 0.1, 0.0),
+        ("2 Gaussians, 1280 falling", 1800, 1280, 2, 0.3, 1.0),
+    ):
+        x, y, test = problem(n + 600, 0, k, classes, spread)
+        x = x * torch.arange(1, k + 1).double() ** -decay
+        found[name] = x[:n], y[:n], x[n:], y[n:]
+    return found
+
+
+def freedoms(x: torch.Tensor, classes: int) -> dict[str, float]:
+    """Effective degrees of freedom by rules that read no label."""
+    n = len(x)
+    x = x - x.mean(0)
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    kept = values > 1e-13 * len(values) * values[-1]
+    values, axes = values[kept], x @ vectors[:, kept] / values[kept].sqrt()
+    share = values / values.sum()
+
+    def freedom(l2: float) -> float:
+        return float((values / (values + l2)).sum())
+
+    def largest(l2: float) -> float:
+        return float((axes * axes @ (values / (values + l2))).max())
+
+    most = 2 * len(values) / 3
+    grid = torch.logspace(-7, 2, 200).double() * float(values[-1])
+    leverage = next((freedom(float(l2)) for l2 in grid if largest(float(l2)) <= 0.1), 1.0)
+    # Held out, without labels: one random half of the features predicts the other, by generalised cross-validation.
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))
+    a, b = x[:, order[: len(order) // 2]], x[:, order[len(order) // 2 :]]
+    u, s, _ = torch.linalg.svd(a, full_matrices=False)
+    explained, total = ((u.T @ b) ** 2).sum(1), (b**2).sum()
+    keep = s**2 / (s**2 + grid[:, None])
+    error = (total - explained.sum() + ((1 - keep) ** 2) @ explained) / (1 - (keep.sum(1) + 1) / n) ** 2
+    return {
+        "2/3 of the features": most,
+        "held-out features": min(most, freedom(2 * float(grid[int(error.argmin())]))),
+        "2/3 of the effective rank": 2 / 3 * float((-share * share.log()).sum().exp()),
+        "largest leverage 0.1": min(most, leverage),
+        "sqrt(n)": min(most, n**0.5),
+        "n / 20": min(most, n / 20),
+        "auto": min(most, max(n**0.5, n / 40)),
+    }
+
+
+def ridge(mnist: str, cifar10: str) -> list[dict[str, Any]]:
+    """Accuracy and median flips (exact, without smoothing) by rule, and the l2 with the most flips by the labels."""
+    rows = []
+    for name, (x, y, test, truth) in ridge_problems(mnist, cifar10).items():
+        test, truth = test[:600], truth[:600]
+        first = LabelFlipCertifier(Q, certificate="ridge").fit(x, y)
+
+        def measured(
+            freedom: float, first: Any = first, test: Any = test, truth: Any = truth
+        ) -> tuple[float, float, str]:
+            certifier = first.adjusted(freedom=min(freedom, first.varying_features_ * 0.999))
+            found = certifier.certify(test)
+            right = found.prediction == truth
+            mean = float(torch.where(right, found.flips, 0).double().mean())
+            median = float(np.median(found.flips.numpy()))
+            return mean, median, f"{freedom:.3g}: {float(right.double().mean()):.3f}, {median:g}"
+
+        path = [measured(float(f)) for f in np.geomspace(1, first.varying_features_ * 0.9, 14)]
+        row = {"degrees of freedom: accuracy, median flips": f"{name}, n = {len(x)}"}
+        row |= {rule: measured(f)[2] for rule, f in freedoms(x, first.classes_).items()}
+        rows.append({**row, "most flips (reads labels)": max(path)[2]})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     for device in ("cpu", "cuda") if torch.cuda.is_available() and ops.cuda_library == "loaded" else ("cpu",):
         record("label flips", bound(device), device)
         record("label flips, test sets", test_sets(device), device)
+    record("label flips, attack", attacks())
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["ten"]:
         print(json.dumps(ten_classes(sys.argv[2])))
+    elif sys.argv[1:2] == ["attack"]:
+        record("label flips, attack", attacks())
+    elif sys.argv[1:2] == ["ridge"]:
+        record("label flips, ridge parameter", ridge(sys.argv[2], sys.argv[3]))
     else:
         main()

@@ -13,7 +13,10 @@
 
 #include "certification.h"
 #include "kernels/flips.h"
+#include "kernels/lattice.h"
+#include "math/lattice_errors.h"
 #include "math/normal.h"
+#include "certification/bindings.h"
 
 namespace py = pybind11;
 
@@ -68,9 +71,73 @@ py::array_t<float> normals(py::array_t<uint32_t, py::array::c_style | py::array:
   if (words.ndim() != 2 || words.shape(1) != 2) throw py::value_error("words must be [N, 2]");
   py::array_t<float> out({words.shape(0), words.shape(1)});
   for (py::ssize_t i = 0; i < words.shape(0); ++i) {
-    const NormalPair pair = box_muller(words.at(i, 0), words.at(i, 1));
+    const NormalPair pair = BoxMuller::pair(words.at(i, 0), words.at(i, 1));
     out.mutable_at(i, 0) = pair.first;
     out.mutable_at(i, 1) = pair.second;
+  }
+  return out;
+}
+
+using Pixels = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+// The evidence for lattice noise; see lattice_errors.h.
+std::pair<double, double> lattice_radius_errors(uint32_t first, uint32_t last, uint32_t stride, int threads) {
+  if (first > last || stride < 1) throw py::value_error("first must not be above last, and stride positive");
+  py::gil_scoped_release release;
+  const RadiusErrors found = radius_errors(first, last, stride, threads);
+  return {found.radius, found.number};
+}
+
+std::pair<double, double> lattice_angle_errors(uint32_t eighth, uint32_t stride, int threads) {
+  if (eighth > 7 || stride < 1) throw py::value_error("eighth must be in [0, 8), and stride positive");
+  py::gil_scoped_release release;
+  const AngleErrors found = angle_errors(eighth, stride, threads);
+  return {found.error, found.size};
+}
+
+py::dict lattice_cell_errors(Pixels x, float sigma, double step, double offset, uint64_t seed, int64_t samples,
+                             int threads) {
+  CellErrors found;
+  {
+    const float* pixels = x.data();
+    const int64_t elements = x.size();
+    py::gil_scoped_release release;
+    found = cell_errors(Lattice(sigma, step, offset), pixels, elements, sigma, seed, samples, threads);
+  }
+  py::dict result;
+  result["cells"] = found.cells;
+  result["open"] = found.open;
+  result["near"] = found.near;
+  result["voids"] = found.voids;
+  result["wrong_quick"] = found.wrong_quick;
+  result["wrong_exact"] = found.wrong_exact;
+  result["quick_share"] = found.quick_share;
+  result["exact_share"] = found.exact_share;
+  return result;
+}
+
+// Samples first, first + 1, ... of one image, float32 [samples, elements], by the kernel's code for single elements and
+// without SIMD.
+py::array_t<float> lattice_points(Pixels x, float sigma, double step, double offset, uint64_t seed, uint32_t stream,
+                                  int64_t image, int64_t first, int64_t samples) {
+  const int64_t elements = x.size();
+  py::array_t<float> out({samples, elements});
+  Lattice lattice(sigma, step, offset);
+  std::vector<float> whole(elements), part(elements);
+  std::vector<uint8_t> voids(samples);
+  const PlacePixels place{x.data(), &lattice, whole.data(), part.data(), elements, elements, 1};
+  for (int64_t item = 0; item * tile_size < elements; ++item) place(item);
+  const LatticeCopies<float> kernel{x.data(),     whole.data(), part.data(), &lattice, out.mutable_data(),
+                                    voids.data(), &image,       samples,     first,    elements,
+                                    1,            elements,     seed,        stream,   false};
+  for (int64_t r = 0; r < samples; ++r) {
+    const auto row = kernel.row(r);
+    for (int64_t e = 0; e < elements; ++e) {
+      float number[tile_size / tile_lanes];
+      const auto block = static_cast<uint32_t>(e / tile_size * tile_lanes + e % tile_lanes);
+      four_normals<BoundedBoxMuller>(random_words(row.key, block), number, 1);
+      kernel.put(row, e, number[e % tile_size / tile_lanes]);
+    }
   }
   return out;
 }
@@ -104,6 +171,19 @@ std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Infl
     linear_flips(rows, alpha.shape(0), y.data(), y.size(), noise, smoothed, classes_out, flips_out, threads);
   }
   return {prediction, flips};
+}
+
+// Per rival (rival, margin, harm of the r worst flips, bound on losing the noisy vote after them); see LinearVote.
+std::vector<std::tuple<int64_t, double, double, double>> flip_bounds(Influences alpha, Counts y, double q,
+                                                                     int64_t classes, bool smoothed, int64_t r) {
+  if (alpha.ndim() != 1 || y.ndim() != 1 || y.size() != alpha.size()) throw py::value_error("alpha and y must be [n]");
+  if (r < 0 || r > y.size()) throw py::value_error("r must be in [0, n]");
+  for (py::ssize_t i = 0; i < y.size(); ++i)
+    if (y.data()[i] < 0 || y.data()[i] >= classes) throw py::value_error("labels must be in [0, classes)");
+  LinearVote vote(y.data(), y.size(), LabelNoise(q, classes), smoothed);
+  std::vector<std::tuple<int64_t, double, double, double>> out;
+  for (const LinearVote::Bound& b : vote.bounds(alpha.data(), r)) out.emplace_back(b.rival, b.margin, b.harm, b.miss);
+  return out;
 }
 
 std::pair<double, double> pair_of(Dd x) { return {x.hi, x.lo}; }
@@ -167,11 +247,32 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_flips", &flips_of_linear_votes, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"),
         py::arg("smoothed"), py::arg("threads") = 1,
         "(prediction, flips) of the white-box certificate (smoothed) or of the unsmoothed classifier.");
+  m.def("flip_bounds", &flip_bounds, py::arg("alpha"), py::arg("y"), py::arg("q"), py::arg("classes"),
+        py::arg("smoothed"), py::arg("r"),
+        "What linear_flips decides r flips by: [(rival, margin, harm, miss)], for the tests.");
   m.def("random_bits", &random_bits, py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"),
         py::arg("blocks"), py::arg("samples"), "The uniform words behind the noise: uint32 [samples, blocks, 4].");
   m.def("philox4x32", &philox, py::arg("counter"), py::arg("key"),
         "Philox4x32-10 of four counter words and two key words.");
   m.def("normals", &normals, py::arg("words"), "Box-Muller of uint32 [N, 2] -> float32 [N, 2].");
+  m.def(
+      "lattice_constants",
+      [] { return std::make_tuple(first_radius_word, last_radius_word, noise_error, angle_error, further_digits); },
+      "(first, last radius word, bound on float's normal number, on its sine and cosine, stream of further digits).");
+  m.def("lattice_radius_errors", &lattice_radius_errors, py::arg("first"), py::arg("last"), py::arg("stride") = 1,
+        py::arg("threads") = 1,
+        "Worst errors over radius words, for every value of the unread digits: of float's radius, of its normal number.");
+  m.def("lattice_angle_errors", &lattice_angle_errors, py::arg("eighth"), py::arg("stride") = 1, py::arg("threads") = 1,
+        "Worst error of float's sine and cosine over the angle words of an eighth of a turn, and their largest size.");
+  m.def("lattice_cell_errors", &lattice_cell_errors, py::arg("x"), py::arg("sigma"), py::arg("step"), py::arg("offset"),
+        py::arg("seed"), py::arg("samples"), py::arg("threads") = 1,
+        "Cells of samples of x against double-double arithmetic, counted.");
+  m.def("lattice_points", &lattice_points, py::arg("x"), py::arg("sigma"), py::arg("step"), py::arg("offset"),
+        py::arg("seed"), py::arg("stream"), py::arg("image"), py::arg("first"), py::arg("samples"),
+        "Lattice noise of one image, element by element: float32 [samples, elements], for the tests.");
+  m.def("lattice_radius", &exact_radius, py::arg("digits"), "sqrt(-2 log((digits + 1/2) / 2^64)), for the tests.");
+  m.def("lattice_circle", &exact_circle, py::arg("word"), py::arg("further"), py::arg("sine"),
+        "Sine or cosine of an angle word and 32 further digits, for the tests.");
   m.def(
       "exp_negative",
       [](double x) {
@@ -196,4 +297,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("keep_freed_memory", &keep_freed_memory,
         "Tells the C library's malloc to keep freed memory for this process; False where it is not glibc.");
   m.def("build_info", &build_info, "Versions, compilers and the SIMD level in use.");
+  bind_sequential(m);
 }

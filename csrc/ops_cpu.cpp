@@ -14,6 +14,7 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
   constexpr int64_t most = 16;   // tiles at a time, so that their numbers stay in the first cache
   alignas(64) float numbers[most * tile_size];
   const RoundKeys rounds(kernel.seed);
+  constexpr typename Kernel::Pairs pairs;
   int64_t r = begin / tiles, first = begin - r * tiles;  // the row, and the tile in it
   for (int64_t i = begin; i < end; ++r, first = 0) {
     const int64_t last = first + (end - i) < tiles ? first + (end - i) : tiles;
@@ -27,14 +28,14 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
     if constexpr (Kernel::plain) {  // where they belong at once
       if (!kernel.scattered()) {
         const int64_t at = first * tile_size;
-        draw_tiles(rounds, row.key, first, static_cast<int>(last - first), wanted(last), row.target + at,
+        draw_tiles(pairs, rounds, row.key, first, static_cast<int>(last - first), wanted(last), row.target + at,
                    row.pixels + at, kernel.sigma);
         written = true;
       }
     }
     for (int64_t tile = first; tile < last && !written; tile += most) {
       const int64_t stop = last - tile < most ? last : tile + most;
-      draw_tiles(rounds, row.key, tile, static_cast<int>(stop - tile), wanted(stop), numbers, nullptr, 0.0f);
+      draw_tiles(pairs, rounds, row.key, tile, static_cast<int>(stop - tile), wanted(stop), numbers, nullptr, 0.0f);
       kernel.put_run(row, tile * tile_size, end_of(stop), numbers);
     }
     i += last - first;

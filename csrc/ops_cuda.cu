@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_
     const typename Kernel::Row row = kernel.row(r);
     constexpr int numbers = tile_size / tile_lanes;
     float number[numbers];
-    four_normals(random_words(row.key, static_cast<uint32_t>(tile * tile_lanes + lane)), number, 1);
+    four_normals<typename Kernel::Pairs>(random_words(row.key, static_cast<uint32_t>(tile * tile_lanes + lane)), number,
+                                         1);
 #pragma unroll
     for (int j = 0; j < numbers; ++j) {
       const int64_t e = tile * tile_size + j * tile_lanes + lane;

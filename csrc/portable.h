@@ -71,6 +71,14 @@ PACD_INLINE float sqrt_rn(float x) {
 #endif
 }
 
+PACD_INLINE double sqrt_rn(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
 template <class To, class From>
 PACD_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits_as needs types of one size");

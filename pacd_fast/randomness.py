@@ -13,17 +13,21 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["Purpose", "Stream", "mix", "seeded"]
+__all__ = ["FURTHER_DIGITS", "Purpose", "Stream", "mix", "seeded"]
 
 
 class Stream(enum.IntEnum):
-    """The streams of `ops.noisy_copies`; 16 bits."""
+    """The streams of `ops.noisy_copies` and `ops.lattice_copies`; 15 bits."""
 
     SELECTION = 0  # the n0 samples that choose a class
     ESTIMATION = 1  # the n samples that bound its probability
     TRAINING = 2
     EVALUATION = 3  # accuracy under noise, and the noise of PGD
     UPPER_LOSS = 4  # PACD's
+
+
+FURTHER_DIGITS = 0x8000
+"""Lattice noise on a stream reads digits 33 to 64 of its uniform numbers, where it needs them, from stream + 2^15."""
 
 
 class Purpose(enum.IntEnum):

@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from pacd_fast import LabelFlipCertifier, randomized_smoothing_certificate
 from pacd_fast.certification import discrete_guarantee, gaussian_guarantee, kl_guarantee
-from pacd_fast.labelflips.certifier import exact_flips, kl_flips
+from pacd_fast.labelflips import exact_flips, kl_flips
 
 
 def test_gaussian_is_the_certificate_of_cohen():

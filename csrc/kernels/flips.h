@@ -139,6 +139,32 @@ class LinearVote {
 
   // The predicted class, and the largest number of flips that provably cannot change it (0 where nothing is proved).
   void solve(const double* alpha, int64_t* prediction, int64_t* flips) {
+    *prediction = prepare(alpha);
+    *flips = count();
+  }
+
+  // What the decision about r flips is made of, per rival: the margin before them, what they take from it, and the
+  // bound on losing the noisy vote after them (0 without noise). For the tests.
+  struct Bound {
+    int64_t rival;
+    double margin, harm, miss;
+  };
+  std::vector<Bound> bounds(const double* alpha, int64_t r) {
+    prepare(alpha);
+    sort_all();
+    std::vector<Bound> out;
+    for (Contest& c : contests_) {
+      list_harms(c, n_);
+      const size_t count = static_cast<size_t>(r);
+      const double lost = smoothed_ ? miss(c, next_below(c.margin - c.harm[count]), count) : 0.0;
+      out.push_back({c.rival, c.margin, c.harm[count], lost});
+    }
+    return out;
+  }
+
+ private:
+  // Votes and contests of a test point; returns the predicted class.
+  int64_t prepare(const double* alpha) {
     alpha_ = alpha;
     scores_.assign(static_cast<size_t>(classes_), Dd(0.0));
     squares_.assign(static_cast<size_t>(classes_), 0.0);
@@ -167,14 +193,15 @@ class LinearVote {
       best = vote < Dd(0.0) ? 0 : 1;
       contests_.push_back(contest(best, 1 - best, best == 1 ? vote : -vote, doubt));
     }
-    *prediction = best;
-    *flips = count();
+    return best;
   }
 
- private:
   struct Sized {
     double size;
     int64_t index;
+  };
+  struct Larger {
+    bool operator()(const Sized& a, const Sized& b) const { return a.size > b.size; }
   };
   struct Contest {
     int64_t winner, rival;
@@ -203,16 +230,25 @@ class LinearVote {
     return y_[i] == (positive ? c.winner : c.rival) ? 2 : 1;
   }
 
+  void list_sizes() {
+    order_.resize(static_cast<size_t>(n_));
+    for (int64_t i = 0; i < n_; ++i) order_[static_cast<size_t>(i)] = {std::fabs(alpha_[i]), i};
+  }
+
+  void sort_all() {
+    list_sizes();
+    std::sort(order_.begin(), order_.end(), Larger());
+    sum_powers(n_);
+  }
+
   int64_t count() {
     for (const Contest& c : contests_)
       if (!(c.margin > 0.0)) return 0;
-    order_.resize(static_cast<size_t>(n_));
-    for (int64_t i = 0; i < n_; ++i) order_[static_cast<size_t>(i)] = {std::fabs(alpha_[i]), i};
-    const auto larger = [](const Sized& a, const Sized& b) { return a.size > b.size; };
+    list_sizes();
     // Few answers need more than the largest influences in order: 1024 of them, then 8 times as many, ...
     for (int64_t top = std::min<int64_t>(n_, 1024), sorted = 0;; sorted = top, top = std::min<int64_t>(n_, 8 * top)) {
-      if (top < n_) std::nth_element(order_.begin() + sorted, order_.begin() + top, order_.end(), larger);
-      std::sort(order_.begin() + sorted, order_.begin() + top, larger);
+      if (top < n_) std::nth_element(order_.begin() + sorted, order_.begin() + top, order_.end(), Larger());
+      std::sort(order_.begin() + sorted, order_.begin() + top, Larger());
       int64_t known = top;
       for (Contest& c : contests_) known = std::min(known, list_harms(c, top));
       if (smoothed_) sum_powers(top);

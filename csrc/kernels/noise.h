@@ -1,7 +1,7 @@
 // The noisy copies of images: a noise kernel, for the executors that draw its normal numbers tile by tile.
 //
-// It has `row`, what the elements of a row share, and `put`, which turns one normal number into one element (`put_run`:
-// a tile of them).
+// It has `Pairs`, which makes two normal numbers of two random words, `row`, what the elements of a row share, and `put`,
+// which turns one normal number into one element (`put_run`: a tile of them).
 #pragma once
 
 #include <type_traits>
@@ -26,6 +26,7 @@ struct NoisyCopies {
   float sigma;
   bool channels_last;
 
+  using Pairs = BoxMuller;
   // value() is fma(sigma, number, pixel), in float
   static constexpr bool plain = std::is_same_v<Out, float> && !normalise;
   PACD_INLINE bool scattered() const { return channels_last && channels > 1; }

@@ -5,7 +5,7 @@
 // holds all of them against the portable code.
 #pragma once
 
-#include "math/normal.h"
+#include "math/lattice.h"
 
 namespace pacd {
 
@@ -22,14 +22,15 @@ struct RoundKeys {
 
 // The numbers of `count` tiles from `first` on, of the last tile only `wanted`.  With pixels, fma(sigma, number, pixel)
 // instead, and nothing is written behind the last one.
+template <class Pairs>
 PACD_INLINE void portable_tiles(const NoiseKey& key, int64_t first, int count, int wanted, float* out,
                                 const float* pixels, float sigma) {
   for (int i = 0; i < count; ++i, out += tile_size) {
     alignas(64) float drawn[tile_size];
     float* numbers = pixels ? drawn : out;
     for (int lane = 0; lane < tile_lanes; ++lane)
-      four_normals(random_words(key, static_cast<uint32_t>((first + i) * tile_lanes + lane)), numbers + lane,
-                   tile_lanes);
+      four_normals<Pairs>(random_words(key, static_cast<uint32_t>((first + i) * tile_lanes + lane)), numbers + lane,
+                          tile_lanes);
     if (pixels) {
       const int length = i == count - 1 ? wanted : tile_size;
       for (int j = 0; j < length; ++j) out[j] = fma(sigma, numbers[j], pixels[j]);
@@ -64,8 +65,10 @@ PACD_V4 inline __attribute__((always_inline)) void philox_eight(__m512i w[4], co
 }
 
 // As portable_tiles; where the first half of the last tile is enough, the other is not made.
-PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int64_t first, int count, int wanted,
-                               float* numbers, const float* pixels, float sigma) {
+template <class Pairs>
+PACD_V4 inline __attribute__((always_inline)) void avx512_tiles(const RoundKeys& rounds, const NoiseKey& key,
+                                                                int64_t first, int count, int wanted, float* numbers,
+                                                                const float* pixels, float sigma) {
   const int64_t* keys = rounds.keys;
   const uint32_t top = (key.stream << 16) | static_cast<uint32_t>((key.image >> 32) & 0xFFFFu);
   const __m512i sample = _mm512_set1_epi64(key.sample), image = _mm512_set1_epi64(static_cast<uint32_t>(key.image));
@@ -86,17 +89,17 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
       float* last = pixels ? drawn : numbers;
       if (wanted == tile_lanes && pixels) {  // 28 x 28 images: no sines, and no way round
         for (int lane = 0; lane < tile_lanes; ++lane)
-          numbers[lane] = fma(sigma, box_muller(words[0][lane], words[1][lane]).first, pixels[lane]);
+          numbers[lane] = fma(sigma, Pairs::pair(words[0][lane], words[1][lane]).first, pixels[lane]);
         return;
       }
       for (int lane = 0; lane < tile_lanes; ++lane) {
-        const NormalPair a = box_muller(words[0][lane], words[1][lane]);
+        const NormalPair a = Pairs::pair(words[0][lane], words[1][lane]);
         last[lane] = a.first;
         last[lane + tile_lanes] = a.second;
       }
       if (wanted > tile_size / 2) {
         for (int lane = 0; lane < tile_lanes; ++lane) {
-          const NormalPair b = box_muller(words[2][lane], words[3][lane]);
+          const NormalPair b = Pairs::pair(words[2][lane], words[3][lane]);
           last[lane + 2 * tile_lanes] = b.first;
           last[lane + 3 * tile_lanes] = b.second;
         }
@@ -106,7 +109,7 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
       }
     } else if (pixels) {
       for (int lane = 0; lane < tile_lanes; ++lane) {
-        const NormalPair a = box_muller(words[0][lane], words[1][lane]), b = box_muller(words[2][lane], words[3][lane]);
+        const NormalPair a = Pairs::pair(words[0][lane], words[1][lane]), b = Pairs::pair(words[2][lane], words[3][lane]);
         numbers[lane] = fma(sigma, a.first, pixels[lane]);
         numbers[lane + tile_lanes] = fma(sigma, a.second, pixels[lane + tile_lanes]);
         numbers[lane + 2 * tile_lanes] = fma(sigma, b.first, pixels[lane + 2 * tile_lanes]);
@@ -115,30 +118,37 @@ PACD_V4 inline void draw_tiles(const RoundKeys& rounds, const NoiseKey& key, int
       pixels += tile_size;
     } else {
       for (int lane = 0; lane < tile_lanes; ++lane)
-        four_normals({words[0][lane], words[1][lane], words[2][lane], words[3][lane]}, numbers + lane, tile_lanes);
+        four_normals<Pairs>({words[0][lane], words[1][lane], words[2][lane], words[3][lane]}, numbers + lane, tile_lanes);
     }
   }
 }
 
-__attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first,
-                                                                 int count, int wanted, float* numbers,
-                                                                 const float* pixels, float sigma) {
-  portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
-}
+// draw_tiles(Pairs(), ...) at each level, for each way to make numbers of words.
+#define PACD_TILES_ARGUMENTS                                                                                  \
+  [[maybe_unused]] const RoundKeys &rounds, const NoiseKey &key, int64_t first, int count, int wanted,        \
+      float *numbers, const float *pixels, float sigma
+#define PACD_DRAW_TILES(Pairs)                                                                    \
+  PACD_V4 inline void draw_tiles(Pairs, PACD_TILES_ARGUMENTS) {                                   \
+    avx512_tiles<Pairs>(rounds, key, first, count, wanted, numbers, pixels, sigma);               \
+  }                                                                                               \
+  __attribute__((target("arch=x86-64-v3"))) inline void draw_tiles(Pairs, PACD_TILES_ARGUMENTS) { \
+    portable_tiles<Pairs>(key, first, count, wanted, numbers, pixels, sigma);                     \
+  }                                                                                               \
+  __attribute__((target("default"))) inline void draw_tiles(Pairs, PACD_TILES_ARGUMENTS) {        \
+    portable_tiles<Pairs>(key, first, count, wanted, numbers, pixels, sigma);                     \
+  }
 
-__attribute__((target("default"))) inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first,
-                                                          int count, int wanted, float* numbers, const float* pixels,
-                                                          float sigma) {
-  portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
-}
+PACD_DRAW_TILES(BoxMuller)
+PACD_DRAW_TILES(BoundedBoxMuller)
 
 }  // namespace pacd
 #pragma GCC diagnostic pop
 #else
 namespace pacd {
-inline void draw_tiles(const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted, float* numbers,
-                       const float* pixels, float sigma) {
-  portable_tiles(key, first, count, wanted, numbers, pixels, sigma);
+template <class Pairs>
+inline void draw_tiles(Pairs, const RoundKeys&, const NoiseKey& key, int64_t first, int count, int wanted,
+                       float* numbers, const float* pixels, float sigma) {
+  portable_tiles<Pairs>(key, first, count, wanted, numbers, pixels, sigma);
 }
 }  // namespace pacd
 #endif

@@ -93,11 +93,16 @@ PACD_INLINE double artanh_series(double sum, double s2) {
   return sum;
 }
 
-// log(m) for m in [2^-1/2, 2^1/2) as 2 artanh((m - 1) / (m + 1)), by the series up to s^degree.
+// log(1 + f) for 1 + f in [2^-1/2, 2^1/2) as 2 artanh(f / (2 + f)), by the series up to s^degree.
 template <int degree>
-PACD_INLINE double log_by_artanh(double m) {
-  const double s = (m - 1.0) / (m + 1.0), s2 = s * s;  // s2 is at most 0.02945
+PACD_INLINE double log_one_plus(double f) {
+  const double s = f / (2.0 + f), s2 = s * s;  // s2 is at most 0.02945
   return fma(2.0 * s * s2, artanh_series<degree>(0.0, s2), 2.0 * s);
+}
+
+template <int degree>
+PACD_INLINE double log_by_artanh(double m) {  // m - 1 is exact
+  return log_one_plus<degree>(m - 1.0);
 }
 
 // log of a number in [2^-1/2, 2^1/2), absolute error below 2 * 2^-53.

@@ -31,19 +31,26 @@ struct NormalPair {
 
 // Box-Muller: two standard normals from two random words; absolute error below 2e-6.
 // A 32-bit uniform reaches 6.76 standard deviations; beyond lies a probability of 1.4e-11 that is never drawn.
-PACD_INLINE NormalPair box_muller(uint32_t radius_word, uint32_t angle_word) {
-  const float u = fma(static_cast<float>(radius_word), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float r = sqrt_rn(-2.0f * log_unit(u));
-  const SinCos angle = sincos_uniform(angle_word);
-  return {r * angle.cos, r * angle.sin};
+PACD_INLINE float box_muller_radius(uint32_t word) {
+  const float u = fma(static_cast<float>(word), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
+  return sqrt_rn(-2.0f * log_unit(u));
 }
+
+struct BoxMuller {
+  PACD_INLINE static NormalPair pair(uint32_t radius_word, uint32_t angle_word) {
+    const float r = box_muller_radius(radius_word);
+    const SinCos angle = sincos_uniform(angle_word);
+    return {r * angle.cos, r * angle.sin};
+  }
+};
 
 // Elements are drawn in tiles of 64: element 64 t + 16 w + lane takes word w of block 16 t + lane, so that a tile is 16
 // counters side by side, whose numbers lie together in memory for each w.
 inline constexpr int tile_size = 64, tile_lanes = 16;
 
+template <class Pairs>  // BoxMuller, or lattice.h's
 PACD_INLINE void four_normals(Words words, float* numbers, int stride) {
-  const NormalPair a = box_muller(words.w0, words.w1), b = box_muller(words.w2, words.w3);
+  const NormalPair a = Pairs::pair(words.w0, words.w1), b = Pairs::pair(words.w2, words.w3);
   numbers[0 * stride] = a.first;
   numbers[1 * stride] = a.second;
   numbers[2 * stride] = b.first;

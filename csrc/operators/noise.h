@@ -6,34 +6,57 @@
 
 namespace pacd {
 
+// Of out [B * copies, ...], for x [B, ...].
+struct NoiseShape {
+  int64_t rows, copies, elements;
+  bool channels_last;  // [B * copies, C, H, W] with C innermost; else contiguous
+};
+
+// What all noise operators ask of their arguments; no rows where there is nothing to draw.
+inline NoiseShape noise_shape(const char* name, const Tensor& out, const Tensor& x,
+                              const std::optional<Tensor>& image_ids, int64_t first, int64_t stream, int bits) {
+  const int64_t images = x.dim() ? x.size(0) : 0;
+  const int64_t rows = out.dim() ? out.size(0) : 0;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && out.dim() == x.dim() && images > 0 && rows % images == 0,
+                  name, ": x must be float32 [B, ...] and out [B * copies, ...]");
+  for (int64_t d = 1; d < x.dim(); ++d)
+    STD_TORCH_CHECK(out.size(d) == x.size(d), name, ": out and x differ in shape");
+  on_one_device(name, out, x, image_ids.value_or(x));
+  if (rows == 0 || x.numel() == 0) return {0, 0, 0, false};
+  const int64_t elements = x.numel() / images;
+  STD_TORCH_CHECK(elements < (int64_t{1} << 33), name, ": an image has more than 2^33 elements");
+  const int64_t copies = rows / images;
+  STD_TORCH_CHECK(first >= 0 && first + copies <= (int64_t{1} << 32), name, ": samples are numbered 0 to 2^32 - 1");
+  STD_TORCH_CHECK(stream >= 0 && stream < (1 << bits), name, ": stream must be in [0, 2^", bits, ")");
+  STD_TORCH_CHECK(!image_ids || (image_ids->scalar_type() == ScalarType::Long && image_ids->numel() == images), name,
+                  ": image_ids must be int64 [B]");
+  const bool plain = out.is_contiguous();
+  const bool last = !plain && out.dim() == 4 && out.stride(1) == 1 && out.stride(3) == out.size(1) &&
+                    out.stride(2) == out.size(1) * out.size(3) && out.stride(0) == elements;
+  STD_TORCH_CHECK(plain || last, name, ": out must be contiguous or channels_last");
+  return {rows, copies, elements, last};
+}
+
+// Room for the copies of x.
+inline Tensor empty_copies(const Tensor& x, int64_t copies, ScalarType dtype, bool channels_last) {
+  STD_TORCH_CHECK(x.dim() > 0 && copies > 0, "x must be [B, ...] and copies positive");
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size[0] *= copies;
+  return torch::stable::empty(
+      size, dtype, std::nullopt, x.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
 inline constexpr const char* schema_noisy_copies_ =
     "noisy_copies_(Tensor(a!) out, Tensor x, Tensor? image_ids, float sigma, SymInt seed, SymInt first, SymInt "
     "stream, Tensor? mean, Tensor? std) -> ()";
 template <class Exec>
 void noisy_copies_(Tensor out, Tensor x, std::optional<Tensor> image_ids, double sigma, int64_t seed, int64_t first,
                    int64_t stream, std::optional<Tensor> mean, std::optional<Tensor> std) {
-  const int64_t images = x.dim() ? x.size(0) : 0;
-  const int64_t rows = out.dim() ? out.size(0) : 0;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && out.dim() == x.dim() && images > 0 && rows % images == 0,
-                  "noisy_copies: x must be float32 [B, ...] and out [B * copies, ...]");
-  for (int64_t d = 1; d < x.dim(); ++d)
-    STD_TORCH_CHECK(out.size(d) == x.size(d), "noisy_copies: out and x differ in shape");
-  on_one_device("noisy_copies", out, x, image_ids.value_or(x), mean.value_or(x), std.value_or(x));
-  if (rows == 0 || x.numel() == 0) return;
-  const int64_t elements = x.numel() / images;
-  STD_TORCH_CHECK(elements < (int64_t{1} << 33), "noisy_copies: an image has more than 2^33 elements");
-  const int64_t copies = rows / images;
-  STD_TORCH_CHECK(first >= 0 && first + copies <= (int64_t{1} << 32),
-                  "noisy_copies: samples are numbered 0 to 2^32 - 1");
-  STD_TORCH_CHECK(stream >= 0 && stream < (1 << 16), "noisy_copies: stream must be in [0, 2^16)");
-  STD_TORCH_CHECK(!image_ids || (image_ids->scalar_type() == ScalarType::Long && image_ids->numel() == images),
-                  "noisy_copies: image_ids must be int64 [B]");
+  const auto [rows, copies, elements, last] = noise_shape("noisy_copies", out, x, image_ids, first, stream, 16);
+  on_one_device("noisy_copies", x, mean.value_or(x), std.value_or(x));
+  if (rows == 0) return;
   STD_TORCH_CHECK(mean.has_value() == std.has_value(), "noisy_copies: mean and std come together");
-  // out is contiguous, or channels_last: [B, C, H, W] with C innermost.
-  const bool plain = out.is_contiguous();
-  const bool last = !plain && out.dim() == 4 && out.stride(1) == 1 && out.stride(3) == out.size(1) &&
-                    out.stride(2) == out.size(1) * out.size(3) && out.stride(0) == elements;
-  STD_TORCH_CHECK(plain || last, "noisy_copies: out must be contiguous or channels_last");
   const int64_t channels = (mean || last) ? x.size(1) : 1;
   STD_TORCH_CHECK(!mean || (mean->numel() == channels && std->numel() == channels &&
                             mean->scalar_type() == ScalarType::Float && std->scalar_type() == ScalarType::Float),
@@ -73,12 +96,7 @@ template <class Exec>
 Tensor noisy_copies(Tensor x, std::optional<Tensor> image_ids, double sigma, int64_t copies, int64_t seed,
                     int64_t first, int64_t stream, ScalarType dtype, bool channels_last, std::optional<Tensor> mean,
                     std::optional<Tensor> std) {
-  STD_TORCH_CHECK(x.dim() > 0 && copies > 0, "noisy_copies: x must be [B, ...] and copies positive");
-  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-  size[0] *= copies;
-  Tensor out = torch::stable::empty(
-      size, dtype, std::nullopt, x.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor out = empty_copies(x, copies, dtype, channels_last);
   noisy_copies_<Exec>(out, x, image_ids, sigma, seed, first, stream, mean, std);
   return out;
 }

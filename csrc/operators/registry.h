@@ -6,6 +6,7 @@
 
 #include "operators/bounds.h"
 #include "operators/chernoff.h"
+#include "operators/lattice.h"
 #include "operators/noise.h"
 #include "operators/pooling.h"
 #include "operators/soft.h"
@@ -25,6 +26,8 @@ template <class Exec>
 inline constexpr Operator operators[] = {
     PACD_OPERATOR(noisy_copies_, Exec),
     PACD_OPERATOR(noisy_copies, Exec),
+    PACD_OPERATOR(lattice_copies_, Exec),
+    PACD_OPERATOR(lattice_copies, Exec),
     PACD_OPERATOR(add_votes_, Exec),
     PACD_OPERATOR(clopper_pearson, Exec),
     PACD_OPERATOR(normal_quantile, Exec),

@@ -46,6 +46,7 @@ def checks(draws: int = 20_000_000, seed: int = 2026) -> Iterator[Check]:
     right = all(list(_C.philox4x32(counter, key)) == result for counter, key, result in KNOWN_ANSWERS)
     yield Check("ok" if right else "FAILED", "Philox4x32-10", "Random123's known answers")
     yield from noise_checks(draws, seed)
+    yield from lattice_checks(draws, seed)
     table = _C.clopper_pearson_table(1000, 0.001)
     error = np.abs(table[1:] / stats.beta.ppf(0.001, np.arange(1, 1001), np.arange(1000, 0, -1)) - 1).max()
     yield Check(
@@ -121,6 +122,46 @@ def noise_checks(draws: int, seed: int) -> Iterator[Check]:
         )
     for name, total in pairs.items():
         yield _score(f"correlation of {name}", total / math.sqrt(pair_counts[name]))
+
+
+def cell_counts(
+    sigma: float, step: float, offset: float, pixel: float, draws: int, seed: int
+) -> tuple[int, np.ndarray]:
+    """How often lattice noise on one pixel fell into each cell: the number of the first one, and int64 [cells]."""
+    a, side = (float(np.float32(pixel)) - offset) / step, 4096
+    reach = math.ceil(10 * sigma / step) + 1  # more than 64 digits reach
+    first = round(a) - reach
+    counts = np.zeros(2 * reach + 1, np.int64)
+    for sample in range(0, -(-draws // side), 256):
+        y, voids = ops.lattice_copies(
+            torch.full((1, side), pixel), sigma, 256, seed, step=step, offset=offset, first=sample, stream=1
+        )
+        if voids.any():
+            raise RuntimeError("a cell was not decided, which happens once in 1e11")
+        cells = ((y.double() - offset) / step).round().long().flatten()
+        counts += torch.bincount(cells - first, minlength=counts.size).numpy()
+    return first, counts
+
+
+def lattice_p_value(first: int, counts: np.ndarray, sigma: float, step: float, offset: float, pixel: float) -> float:
+    """Chi-square of `cell_counts` against the exact masses of a Gaussian; cells that expect below 20 draws together."""
+    a, s = (float(np.float32(pixel)) - offset) / step, float(np.float32(sigma)) / step
+    ends = (np.arange(first, first + counts.size + 1) - 0.5 - a) / s
+    ends[[0, -1]] = -np.inf, np.inf
+    expected = np.diff(stats.norm.cdf(ends)) * counts.sum()
+    rare = expected < 20
+    if expected[rare].sum() < 20:  # with the least of the others
+        rare[np.where(rare, np.inf, expected).argmin()] = True
+    seen, wanted = (np.append(v[~rare], v[rare].sum()) for v in (counts, expected))
+    return float(stats.chi2.sf(((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1))
+
+
+def lattice_checks(draws: int, seed: int) -> Iterator[Check]:
+    """The law of lattice noise's cells, for sigma from a quarter of a step of 1/255 to 255 steps."""
+    for sigma in (0.001, 0.01, 0.12, 0.5, 1.0):
+        law = (sigma, 1 / 255, 0.0, 0.3)
+        p = lattice_p_value(*cell_counts(*law, max(draws // 10, 100_000), seed), *law)
+        yield Check("ok" if p > 5e-7 else "FAILED", f"lattice noise of sigma {sigma:g}, chi-square", f"p = {p:.3f}")
 
 
 def write_bits(out: BinaryIO, seed: int = 20261120) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pacd_fast.arguments import number, whole_number
+from pacd_fast.arguments import at_least, number, whole_number
 from pacd_fast.certification import Results, merge, read_results, summarize, summary_table
 from pacd_fast.experiments import plots
 from pacd_fast.experiments.flips import draw_flips
-from pacd_fast.labelflips import is_flip_file, read_flips, summarize_flips
+from pacd_fast.labelflips import FLIPS, flips_summary, flips_table, is_flip_file, read_flips
+from pacd_fast.tables import columns
 
 
 def add_commands(add: Any) -> None:
@@ -50,7 +51,12 @@ def run_summary(options: argparse.Namespace) -> None:
     if options.json and options.over_seeds:
         raise ValueError("--over-seeds adds a column to the table: leave out --json")
     if flips:
-        summarize_flips(options.files, options.flips, options.json)
+        for count in options.flips or ():
+            at_least("--flips", count, 0)
+        if options.json:
+            print(json.dumps(flips_summary(options.files, options.flips), indent=2))
+        else:
+            print(flips_table(read_flips(options.files), options.flips or FLIPS, columns))
         return
     results = _named(options.files)
     if options.json:

@@ -1,12 +1,20 @@
-"""Label-flip certificates, attacks beside them, features that read no label, and the file of certificates.
+"""Label flips: how many changed training labels a prediction survives, and attacks to compare with.
 
-`certifier` is the classifier and its certificates, `attacks` bound them from above, `features` are learnt without the
-labels to be certified, `problems` are data sets as features and what is said about all their points, `results` the
-file.  Imports `arguments`, `files`, `randomness`, `tables`, `ops`, `data`, `networks`.
+`certifier` is the classifier, `rules` its certificates, `regularisation` the choice of its ridge parameter; `attacks`
+bound them from above; `features`, `patches` and `simclr` learn features without the labels to be certified; `problems`
+put all that is said about a data set's points into a file, which `results` writes and checks and `curves` reads.
+Imports `arguments`, `files`, `randomness`, `tables`, `ops`, `data`.
 """
 
-from pacd_fast.labelflips.attacks import attack_logistic, attack_ridge, attack_smoothed, harmful_flips
-from pacd_fast.labelflips.certifier import CERTIFICATES, FlipCertificates, LabelFlipCertifier, exact_flips, kl_flips
+from pacd_fast.labelflips.attacks import (
+    LogisticAttack,
+    attack_logistic,
+    attack_ridge,
+    attack_smoothed,
+    harmful_flips,
+)
+from pacd_fast.labelflips.certifier import CERTIFICATES, FlipCertificates, LabelFlipCertifier
+from pacd_fast.labelflips.curves import FLIPS, Curve, flips_cells, flips_summary, flips_table, read_flips
 from pacd_fast.labelflips.features import (
     Whitening,
     fast_ica,
@@ -15,27 +23,24 @@ from pacd_fast.labelflips.features import (
     random_convolutions,
     train_feature_network,
 )
-from pacd_fast.labelflips.problems import FEATURES, FeatureData, certify_data, load_features
-from pacd_fast.labelflips.results import (
-    ATTACKED,
-    UNDEFENDED,
-    Curve,
-    flips_cells,
-    flips_table,
-    is_flip_file,
-    read_flips,
-    summarize_flips,
-    write_flips,
-)
+from pacd_fast.labelflips.patches import PatchFeatures, kmeans_patches
+from pacd_fast.labelflips.problems import FEATURES, FeatureData, certify_data, load_features, scan
+from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, is_flip_file
+from pacd_fast.labelflips.rules import exact_flips, kl_flips
+from pacd_fast.labelflips.simclr import SimCLR, train_simclr
 
 __all__ = [
     "ATTACKED",
     "CERTIFICATES",
     "Curve",
     "FEATURES",
+    "FLIPS",
     "FeatureData",
     "FlipCertificates",
     "LabelFlipCertifier",
+    "LogisticAttack",
+    "PatchFeatures",
+    "SimCLR",
     "UNDEFENDED",
     "Whitening",
     "attack_logistic",
@@ -45,16 +50,18 @@ __all__ = [
     "exact_flips",
     "fast_ica",
     "flips_cells",
+    "flips_summary",
     "flips_table",
     "harmful_flips",
     "is_flip_file",
     "kl_flips",
+    "kmeans_patches",
     "load_features",
     "network_features",
     "pca",
     "random_convolutions",
     "read_flips",
-    "summarize_flips",
+    "scan",
     "train_feature_network",
-    "write_flips",
+    "train_simclr",
 ]

@@ -9,6 +9,7 @@ is trained again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pacd_fast import _C
 
-__all__ = ["attack_logistic", "attack_ridge", "attack_smoothed", "harmful_flips"]
+__all__ = ["LogisticAttack", "attack_logistic", "attack_ridge", "attack_smoothed", "harmful_flips"]
 
 
 def _arrays(alpha: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -60,30 +61,7 @@ def attack_ridge(alpha: Any, y: Any, classes: int) -> np.ndarray | None:
     """
     alpha, y = _arrays(alpha, y)
     winner = _ridge_prediction(alpha, y, classes)
-    best: np.ndarray | None = None
-    fewest = len(y) + 1
-    for rival in range(classes):
-        if rival == winner:
-            continue
-        index, new, _ = harmful_flips(alpha, y, classes, winner, rival)
-        good, bad = 0, len(index)  # `good` changes leave the prediction, `bad` may not
-        attacked = y.copy()
-        attacked[index] = new
-        if _ridge_prediction(alpha, attacked, classes) == winner:
-            continue
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            attacked = y.copy()
-            attacked[index[:middle]] = new[:middle]
-            if _ridge_prediction(alpha, attacked, classes) == winner:
-                good = middle
-            else:
-                bad = middle
-        if bad < fewest:
-            fewest = bad
-            best = y.copy()
-            best[index[:bad]] = new[:bad]
-    return best
+    return _worst_flips(alpha, y, classes, winner, lambda labels: _ridge_prediction(alpha, labels, classes) != winner)
 
 
 def attack_smoothed(alpha: Any, y: Any, q: float, classes: int) -> np.ndarray | None:
@@ -100,70 +78,176 @@ def attack_smoothed(alpha: Any, y: Any, q: float, classes: int) -> np.ndarray | 
         said, flips = _C.linear_flips(rows, labels, q, classes, True)
         return bool(said[0] != winner and flips[0] >= 1)
 
+    return _worst_flips(alpha, y, classes, winner, changed)
+
+
+def _worst_flips(
+    alpha: np.ndarray, y: np.ndarray, classes: int, winner: int, changed: Callable[[np.ndarray], bool]
+) -> np.ndarray | None:
+    """The fewest of the worst flips, over all rivals, after which `changed` says yes; it must be monotone in them."""
     best: np.ndarray | None = None
     fewest = len(y) + 1
     for rival in range(classes):
         if rival == winner:
             continue
         index, new, _ = harmful_flips(alpha, y, classes, winner, rival)
+
+        def attacked(count: int, index: np.ndarray = index, new: np.ndarray = new) -> np.ndarray:
+            labels = y.copy()
+            labels[index[:count]] = new[:count]
+            return labels
+
         good, bad = 0, min(len(index), fewest)
-        attacked = y.copy()
-        attacked[index[:bad]] = new[:bad]
-        if not changed(attacked):
+        if not changed(attacked(bad)):
             continue
         while bad - good > 1:
             middle = (good + bad) // 2
-            attacked = y.copy()
-            attacked[index[:middle]] = new[:middle]
-            if changed(attacked):
-                bad = middle
-            else:
-                good = middle
+            good, bad = (good, middle) if changed(attacked(middle)) else (middle, bad)
         if bad < fewest:
-            fewest = bad
-            best = y.copy()
-            best[index[:bad]] = new[:bad]
+            fewest, best = bad, attacked(bad)
     return best
 
 
-class _Logistic:
-    """Two-class logistic regression with a small ridge, fitted by Newton's method from where it last was."""
+class LogisticAttack:
+    """Label flips against undefended two-class logistic regression with a small ridge (the paper's C.1).
 
-    def __init__(self, x: Tensor, l2: float) -> None:
-        self.x, self.l2 = x, l2
-        self.weight = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    Flips are ranked by their influence on the test point's logit, x' H^-1 x_i with H as if every point had probability
+    1/2 (the fitted curvature all but vanishes for points that are told apart well, and ranks several times worse).
+    The least number of top ones that changes the prediction is found by doubling and bisection, training the model
+    again each time, to a coarse solution first: an upper bound on the classifier's robustness, not the least number.
 
-    def curvature(self, p: Tensor) -> Tensor:
-        hessian = self.x.T @ (self.x * (p * (1 - p))[:, None])
-        hessian.diagonal().add_(self.l2)
-        return hessian
+    Training is L-BFGS in the basis of the features' principal axes, where the curvature is close to diagonal, from the
+    last solution: O(n k) a step.  What it learns of the curvature, which depends on the weights and not on the labels,
+    is kept between the models of one test point.
 
-    def fit(self, y: Tensor, start: Tensor, steps: int = 20) -> Tensor:
-        w = start
-        for _ in range(steps):
-            p = torch.sigmoid(self.x @ w)
-            move = torch.linalg.solve(self.curvature(p), self.x.T @ (y - p) - self.l2 * w)
-            size = float(move.norm())
-            w = w + move * min(1.0, 10.0 / max(size, 1e-300))
-            if size <= 1e-3 * (1 + float(w.norm())):
+    Args:
+        X: [n, k] features.  A constant is added.
+        y: [n] of 0 and 1.
+        l2: ridge on the weights, not scaled by n.
+
+    Attributes:
+        weight: float64 [k + 1], of the model of the clean labels, in that basis.
+
+    Raises:
+        ValueError: for more than two classes.
+    """
+
+    def __init__(self, X: Any, y: Any, *, l2: float = 1e-2) -> None:
+        x = torch.as_tensor(X).double()
+        self._labels = torch.as_tensor(y, device=x.device).double()
+        if bool(((self._labels != 0) & (self._labels != 1)).any()):
+            raise ValueError("the logistic attack is for two classes, 0 and 1")
+        self._l2 = l2
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+        values, self._axes = torch.linalg.eigh(x.T @ x)
+        self._x = x @ self._axes
+        self._squares = self._x * self._x
+        self._half_curvature = values.clamp(min=0) / 4 + l2
+        self.weight = self._fit(self._labels, torch.zeros_like(values), [], 1e-8)
+
+    def _point(self, x: Any) -> Tensor:
+        point = torch.as_tensor(x, device=self._x.device).double()
+        return torch.cat([point, point.new_ones(1)]) @ self._axes
+
+    def predict(self, x: Any) -> int:
+        """The clean model's class of a test point [k]."""
+        return int(self._point(x) @ self.weight >= 0)
+
+    def flips(self, x: Any, limit: int | None = None) -> int:
+        """How many label changes changed the prediction at a test point [k]; -1 where `limit` are not enough."""
+        point = self._point(x)
+        side = bool(point @ self.weight >= 0)
+        # how far each change moves the logit towards the other class
+        harm = (self._x @ (point / self._half_curvature)) * (1 - 2 * self._labels) * (-1 if side else 1)
+        order = harm.argsort(descending=True, stable=True)
+        order = order[harm[order] > 0][:limit]
+        weight, curvature = self.weight, []  # type: ignore[var-annotated]
+
+        def attacked(count: int, tolerance: float = 1e-3) -> bool:
+            nonlocal weight
+            labels = self._labels.clone()
+            labels[order[:count]] = 1 - labels[order[:count]]
+            weight = self._fit(labels, weight, curvature, tolerance)
+            return bool(point @ weight >= 0) != side
+
+        good, bad = 0, 8
+        while bad < len(order) and not attacked(bad):
+            good, bad = bad, 2 * bad
+        bad = min(bad, len(order))
+        if bad == 0 or not attacked(bad):
+            return -1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (good, middle) if attacked(middle) else (middle, bad)
+        # near the boundary a coarse solution may have the wrong sign
+        if attacked(bad, 1e-8):
+            while bad > 1 and attacked(bad - 1, 1e-8):
+                bad -= 1
+            return bad
+        while bad < len(order):
+            bad += 1
+            if attacked(bad, 1e-8):
+                return bad
+        return -1
+
+    def _fit(
+        self, y: Tensor, start: Tensor, curvature: list[tuple[Tensor, Tensor, Tensor]], tolerance: float
+    ) -> Tensor:
+        """Weights within `tolerance` of the least loss, by the estimate -gradient @ direction; fills `curvature`."""
+        w, votes = start, self._x @ start
+        loss, gradient = self._loss(w, votes, y), self._gradient(w, votes, y)
+        diagonal = self._diagonal(votes)
+        for step in range(1, 1000):
+            if step % 10 == 0:
+                diagonal = self._diagonal(votes)
+            direction = -_inverse(curvature, diagonal, gradient)
+            slope = gradient @ direction
+            if float(slope) > -tolerance:
                 break
+            change, length = self._x @ direction, 1.0
+            while length > 1e-9:
+                new = self._loss(w + length * direction, votes + length * change, y)
+                if float(new) <= float(loss + 1e-4 * length * slope):
+                    break
+                length /= 2
+            else:
+                break  # no progress within rounding
+            w, votes, loss = w + length * direction, votes + length * change, new
+            last, gradient = gradient, self._gradient(w, votes, y)
+            moved, turned = length * direction, gradient - last
+            if float(moved @ turned) > 0:
+                curvature.append((moved, turned, 1 / (moved @ turned)))
+                del curvature[:-30]
         return w
+
+    def _loss(self, w: Tensor, votes: Tensor, y: Tensor) -> Tensor:
+        return (torch.nn.functional.softplus(votes) - y * votes).sum() + self._l2 / 2 * (w @ w)
+
+    def _gradient(self, w: Tensor, votes: Tensor, y: Tensor) -> Tensor:
+        return (torch.sigmoid(votes) - y) @ self._x + self._l2 * w
+
+    def _diagonal(self, votes: Tensor) -> Tensor:
+        p = torch.sigmoid(votes)
+        return (p * (1 - p)) @ self._squares + self._l2
+
+
+def _inverse(curvature: list[tuple[Tensor, Tensor, Tensor]], diagonal: Tensor, gradient: Tensor) -> Tensor:
+    """L-BFGS's product of the inverse Hessian with a gradient (Nocedal and Wright 2006, algorithm 7.4)."""
+    out, factors = gradient.clone(), []
+    for moved, turned, scale in reversed(curvature):
+        factor = scale * (moved @ out)
+        factors.append(factor)
+        out -= factor * turned
+    out /= diagonal
+    for (moved, turned, scale), factor in zip(curvature, reversed(factors), strict=True):
+        out += moved * (factor - scale * (turned @ out))
+    return out
 
 
 def attack_logistic(
     X: Any, y: Any, X_test: Any, *, l2: float = 1e-2, limit: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many label changes an attacker needs against undefended logistic regression (the paper's C.1).
-
-    Per test point, training labels are ranked by their influence on its logit, x' H^-1 x_i with H as if every point had
-    probability 1/2 (the fitted curvature all but vanishes for points that are told apart well, and ranks several times
-    worse), and the least number of top ones is found (doubling, then bisection) whose change, with the model trained
-    again, changes the prediction.  An upper
-    bound on the classifier's robustness, not the least number.
-
-    Args:
-        X: [n, k] features; y: [n] of 0 and 1; X_test: [m, k].  A constant is added.
-        l2: ridge on the weights, not scaled by n.
+    """`LogisticAttack` on every test point of X_test [m, k].
 
     Returns:
         The changes, int64 [m], -1 where `limit` of them are not enough; and the predictions before them, int64 [m].
@@ -171,39 +255,6 @@ def attack_logistic(
     Raises:
         ValueError: for more than two classes.
     """
-    x, test = (torch.as_tensor(v).double() for v in (X, X_test))
-    labels = torch.as_tensor(y, device=x.device).double()
-    if bool(((labels != 0) & (labels != 1)).any()):
-        raise ValueError("the logistic attack is for two classes, 0 and 1")
-    x, test = (torch.cat([v, v.new_ones(len(v), 1)], 1) for v in (x, test.to(x.device)))
-    model = _Logistic(x, l2)
-    weight = model.fit(labels, model.weight)
-    inverse = torch.linalg.inv(model.curvature(torch.full_like(labels, 0.5)))
-    limit = len(labels) if limit is None else min(limit, len(labels))
-    flips = np.full(len(test), -1, dtype=np.int64)
-    for j, point in enumerate(test):
-        side = bool(point @ weight >= 0)
-        # how far each change moves the logit towards the other class
-        harm = (x @ (inverse @ point)) * (1 - 2 * labels) * (-1 if side else 1)
-        order = harm.argsort(descending=True)
-        order = order[harm[order] > 0][:limit]
-        last = weight
-
-        def attacked(r: int, order: Tensor = order, side: bool = side, point: Tensor = point) -> bool:
-            nonlocal last
-            changed = labels.clone()
-            changed[order[:r]] = 1 - changed[order[:r]]
-            last = model.fit(changed, last)
-            return bool(point @ last >= 0) != side
-
-        good, bad = 0, 8
-        while bad < len(order) and not attacked(bad):
-            good, bad = bad, 2 * bad
-        bad = min(bad, len(order))
-        if bad == 0 or not attacked(bad):
-            continue
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (good, middle) if attacked(middle) else (middle, bad)
-        flips[j] = bad
-    return flips, (test @ weight >= 0).long().cpu().numpy()
+    attack = LogisticAttack(X, y, l2=l2)
+    flips = np.array([attack.flips(x, limit) for x in X_test], dtype=np.int64)
+    return flips, np.array([attack.predict(x) for x in X_test], dtype=np.int64)

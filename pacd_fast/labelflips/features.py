@@ -31,7 +31,7 @@ class Whitening:
         return torch.cat(parts) if parts else flat.double() @ self.matrix
 
 
-def _covariance(x: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_covariance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [d] and covariance [d, d] of x [N, d] in float64, in pieces so that x is never copied whole."""
     mean = sum(
         (part.double().sum(0) for part in x.split(4096)), torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -50,7 +50,7 @@ def pca(x: Tensor, dim: int, *, whiten: bool = True) -> Whitening:
         raise ValueError(
             f"dim must be in [1, {min(flat.shape)}] for {flat.shape[0]} points of {flat.shape[1]} numbers, not {dim}"
         )
-    mean, covariance = _covariance(flat)
+    mean, covariance = mean_and_covariance(flat)
     values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values[-dim:].flip(0), vectors[:, -dim:].flip(1)
     if whiten:

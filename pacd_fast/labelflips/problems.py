@@ -1,34 +1,58 @@
-"""Problems to certify: features and labels of a data set by name, and all that is said about its test points."""
+"""What data to certify: features and labels by name, and their certificates and attacks into a file."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from pacd_fast.arguments import at_least
 from pacd_fast.data import UNREADABLE, as_float, load_dataset
-from pacd_fast.labelflips.attacks import attack_logistic, attack_smoothed
-from pacd_fast.labelflips.certifier import LabelFlipCertifier
+from pacd_fast.labelflips.attacks import LogisticAttack, attack_smoothed
+from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
-from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED
+from pacd_fast.labelflips.patches import kmeans_patches
+from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, FlipFile, Row, Run
+from pacd_fast.labelflips.simclr import SimCLR, train_simclr
 
-FEATURES = ("network", "ica", "pca", "random-conv", "pixels")
+__all__ = ["DIMENSIONS", "FEATURES", "FeatureData", "certify_data", "load_features", "scan"]
+
+DIMENSIONS = {"network": 50, "ica": 30, "kmeans": 3200, "pca": 30, "random-conv": 128, "simclr": 128, "pixels": None}
+FEATURES = tuple(DIMENSIONS)
 
 
 @dataclass(frozen=True)
 class FeatureData:
-    """Features float64 [n, k] and labels of a problem, and a name that says where they are from."""
+    """Features float [n, k] and labels of a problem, and a name that says where they are from."""
 
     name: str
     x_train: np.ndarray
     y_train: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
+
+    @functools.cached_property
+    def tag(self) -> str:
+        """name@fingerprint of features and labels."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return f"{self.name}@{digest.hexdigest()[:12]}"
+
+    def save(self, path: str | Path) -> None:
+        """An .npz that `load_features` reads: X_train, y_train, X_test, y_test and the name."""
+        arrays = {"X_train": self.x_train, "y_train": self.y_train, "X_test": self.x_test, "y_test": self.y_test}
+        with open(path, "wb") as file:
+            np.savez(file, name=np.array(self.name), **arrays)  # type: ignore[arg-type]
 
 
 def load_features(
@@ -39,14 +63,23 @@ def load_features(
     data_dir: str | None = None,
     download: bool = False,
     seed: int = 0,
-    epochs: int = 4,
+    epochs: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> FeatureData:
     """The problem of one name.
 
     ``mnist17``: digits 1 and 7 (labels 0 and 1), by default 50 features of a network trained on the other eight digits.
     ``mnist``, ``cifar10``, ``mnist5k``, or an .npz of images: all classes; by default 30 independent components.  An
-    .npz with X_train, y_train, X_test, y_test: features as they are.  `features`: network (mnist17 only), ica, pca,
-    random-conv, pixels.
+    .npz with X_train, y_train, X_test, y_test: features as they are.
+
+    Args:
+        features: network (mnist17 only), ica, kmeans (of patches), pca, random-conv, simclr (wants a GPU), pixels.
+        dim: how many; by default those of `DIMENSIONS`.
+        seed: of what is learnt.
+        epochs: of network (4) and simclr (200).
+        device: where simclr trains.
+        progress: show simclr's.
 
     Raises:
         ValueError, FileNotFoundError: one line that says what to do.
@@ -54,43 +87,62 @@ def load_features(
     if data.endswith(".npz") and (found := _npz_features(data, features)) is not None:
         return found
     pair = data == "mnist17"
-    source = load_dataset("mnist" if pair else data, data_dir=data_dir, download=download)
-    images = {"train": source.x_train, "test": source.x_test}
-    labels = {"train": source.y_train, "test": source.y_test}
     features = features or ("network" if pair else "ica")
-    dim = dim or (50 if pair else 30)
-    keep = {part: (y == 1) | (y == 7) if pair else torch.ones_like(y, dtype=torch.bool) for part, y in labels.items()}
-    chosen = {part: images[part][keep[part]] for part in images}
-    truth = {part: (labels[part][keep[part]] == 7).long() if pair else labels[part] for part in labels}
-    name = f"{data}-{features}{dim}"
-    if features == "network":
-        if not pair:
-            raise ValueError(
-                "network features are learnt from other classes, which only mnist17 has: "
-                "use --features ica, pca or random-conv"
-            )
-        network = train_feature_network(
-            as_float(images["train"][~keep["train"]]),
-            labels["train"][~keep["train"]],
-            dim=dim,
-            epochs=epochs,
-            seed=seed,
-        )
-        maps = {part: network_features(network, as_float(x)) for part, x in chosen.items()}
-    elif features in ("ica", "pca"):
-        flat = {part: as_float(x).flatten(1) for part, x in chosen.items()}
-        learn = fast_ica(flat["train"], dim, seed=seed) if features == "ica" else pca(flat["train"], dim)
-        maps = {part: learn(x) for part, x in flat.items()}
-    elif features == "random-conv":
-        fixed = random_convolutions(source.in_channels, 1024, seed=seed)
-        raw = {part: fixed(as_float(x)) for part, x in chosen.items()}
-        learn = pca(raw["train"], dim)
-        maps = {part: learn(x) for part, x in raw.items()}
-    elif features == "pixels":
-        maps = {part: as_float(x).flatten(1).double() for part, x in chosen.items()}
-    else:
+    if features not in FEATURES:
         raise ValueError(f"unknown features {features!r}: give {', '.join(FEATURES)}")
-    return FeatureData(name, maps["train"].numpy(), truth["train"].numpy(), maps["test"].numpy(), truth["test"].numpy())
+    if features == "network" and not pair:
+        raise ValueError(
+            "network features are learnt from other classes, which only mnist17 has: use --features kmeans, ica or pca"
+        )
+    if features == "pixels" and dim is not None:
+        raise ValueError("pixels are all of an image's: leave out --dim, or take --features pca")
+    if dim is not None:
+        at_least("dim", dim, 1)
+    dim = DIMENSIONS[features] if dim is None else dim
+    source = load_dataset("mnist" if pair else data, data_dir=data_dir, download=download)
+    if not pair:
+        x_train, y_train, x_test, y_test = source.x_train, source.y_train, source.x_test, source.y_test
+    else:
+        chosen, chosen_test = ((y == 1) | (y == 7) for y in (source.y_train, source.y_test))
+        x_train, x_test = source.x_train[chosen], source.x_test[chosen_test]
+        y_train, y_test = (source.y_train[chosen] == 7).long(), (source.y_test[chosen_test] == 7).long()
+    train, test = as_float(x_train), as_float(x_test)
+    if features == "network":
+        others, labels = as_float(source.x_train[~chosen]), source.y_train[~chosen]
+        network = train_feature_network(others, labels, dim=dim or 1, epochs=epochs or 4, seed=seed)
+        maps = network_features(network, train), network_features(network, test)
+    elif features == "simclr":
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        settings = SimCLR(epochs=epochs or 200, dtype=dtype)
+        encoder = train_simclr(train.to(device), settings, seed=seed, progress=progress)
+        raw = [network_features(encoder, x.to(device)).cpu() for x in (train, test)]
+        fewer = pca(raw[0], dim or 1, whiten=False)
+        maps = fewer(raw[0]), fewer(raw[1])
+    else:
+        maps = _unsupervised(features, train, test, dim or 1, seed)
+    name = f"{source.name if data.endswith('.npz') else data}-{features}{dim or ''}"
+    return FeatureData(name, maps[0].numpy(), y_train.numpy(), maps[1].numpy(), y_test.numpy())
+
+
+def _unsupervised(features: str, train: Tensor, test: Tensor, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features that are learnt from the training images alone, without labels, or not at all."""
+    if features == "kmeans":
+        if dim % 4:
+            raise ValueError(f"kmeans has four features for every centroid: dim must be a multiple of 4, not {dim}")
+        patches = kmeans_patches(train, dim // 4, seed=seed)
+        raw = patches(train)
+        deviation = raw.std(0)
+        deviation[deviation == 0] = 1.0
+        return raw.div_(deviation), patches(test).div_(deviation)
+    if features == "random-conv":
+        fixed = random_convolutions(train.shape[1], 1024, seed=seed)
+        train, test = fixed(train), fixed(test)
+    else:
+        train, test = train.flatten(1), test.flatten(1)
+    if features == "pixels":
+        return train.double(), test.double()
+    learnt = fast_ica(train, dim, seed=seed) if features == "ica" else pca(train, dim)
+    return learnt(train), learnt(test)
 
 
 def _npz_features(path: str, features: str | None) -> FeatureData | None:
@@ -102,6 +154,7 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
                 return None
             keys = ("X_train", "y_train", "X_test", "y_test")
             arrays = [np.asarray(file[key]) for key in keys if key in names]
+            name = str(file["name"]) if "name" in names else Path(path).stem
     except UNREADABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -116,96 +169,175 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
         if not whole or labels.ndim != 1 or (labels < 0).any():
             raise ValueError(f"{path}: {keys[i]} must be whole numbers, 0 and up, one per point")
         arrays[i] = labels.astype(np.int64)
-    if len(arrays[2]) != len(arrays[3]):
-        raise ValueError(f"{path}: X_test has {len(arrays[2])} points and y_test {len(arrays[3])}")
-    return FeatureData(Path(path).stem.replace("\t", " "), *arrays)
+        if len(arrays[i - 1]) != len(arrays[i]):
+            raise ValueError(f"{path}: {keys[i - 1]} has {len(arrays[i - 1])} points and {keys[i]} {len(arrays[i])}")
+    return FeatureData("".join(c if c.isprintable() and c not in '@"' else "_" for c in name[:100]) or "_", *arrays)
 
 
 def certify_data(
     data: FeatureData,
-    qs: Sequence[float],
-    certificates: Sequence[str],
+    out: str | Path,
+    qs: Sequence[float] = (0.1,),
+    certificates: Sequence[str] = CERTIFICATES,
     *,
     l2: str | float = "auto",
+    freedom: float | None = None,
     intercept: bool = True,
+    points: int | None = None,
     attack: int = 0,
     seed: int = 0,
     memory_budget: int = 256 * 2**20,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: bool = False,
-) -> list[dict[str, Any]]:
-    """One row for every test point, q and certificate (``"ridge"`` has no q: once, as q = 0), in the order of COLUMNS.
+) -> int:
+    """Writes a row for every test point, q and certificate (``"ridge"`` has no q: once, as q = 0) to the file `out`.
 
-    attack: so many random test points are attacked too.  Their rows have certificate ``"attacked"`` (the smoothed
-    classifier of that q) and ``"undefended"`` (logistic regression, two classes only), and the most flips for which the
-    attack did not succeed: upper bounds, not certificates.
+    Rows are written as they are done; rows that are in the file, of an earlier call that was killed or asked for less,
+    are not computed again.
+
+    Args:
+        points: certify the first so many test points, by default all.
+        attack: attack so many random points of these as well.  Their rows have certificate ``"attacked"`` (the
+            smoothed classifier of that q) and ``"undefended"`` (logistic regression, two classes only), and the most
+            flips for which the attack did not succeed: upper bounds, not certificates.
+        seed: of the choice of attacked points.
+
+    Returns:
+        How many rows were in the file already.
+
+    Raises:
+        ValueError, FileNotFoundError: see `FlipFile` and `LabelFlipCertifier`.
     """
-    majority = int(np.bincount(data.y_train).argmax())
-    shared = {
-        "classes": int(data.y_train.max()) + 1,
-        "n": len(data.y_train),
-        "constant": float(np.mean(data.y_test == majority)),
-        "data": data.name,
-    }
-    rows: list[dict[str, Any]] = []
-
-    def add(
-        name: str,
-        q: float,
-        l2_used: float,
-        index: np.ndarray,
-        prediction: np.ndarray,
-        flips: np.ndarray,
-        tail: np.ndarray,
-    ) -> None:
-        for i, p, r, t in zip(index, prediction, flips, tail, strict=True):
-            label = int(data.y_test[i])
-            rows.append(
-                {
-                    "idx": int(i),
-                    "label": label,
-                    "predict": int(p),
-                    "correct": int(p == label),
-                    "flips": int(r),
-                    "log_tail": repr(float(t)),
-                    "certificate": name,
-                    "q": repr(float(q)),
-                    "l2": repr(l2_used),
-                    **shared,
-                }
-            )
-
-    everything = np.arange(len(data.y_test))
-    x_train, x_test = (torch.as_tensor(x, dtype=torch.float64, device=device) for x in (data.x_train, data.x_test))
+    x_train, x_test = (torch.as_tensor(x, device=device) for x in (data.x_train, data.x_test))
     y_train = torch.as_tensor(data.y_train, device=device)
+    first = LabelFlipCertifier(qs[0], l2, intercept=intercept, memory_budget=memory_budget, freedom=freedom).fit(
+        x_train, y_train
+    )
+    if len(data.y_test) and data.y_test.max() >= first.classes_:
+        raise ValueError(f"a test label is {data.y_test.max()}, but training labels end at {first.classes_ - 1}")
+    certifiers = [first, *(first.adjusted(q=q) for q in qs[1:])]
+    majority = int(np.bincount(data.y_train).argmax())
+    run = Run(first.classes_, len(data.y_train), majority, intercept, data.tag)
+    everything = np.arange(len(data.y_test))[:points]
     chosen = np.random.default_rng(seed).permutation(everything)[:attack]
-    bar = tqdm(total=len(qs) * (1 + len(chosen)), unit="step", desc="label flips", disable=not progress, delay=1)
-    for k, q in enumerate(qs):
-        certifier = LabelFlipCertifier(q, l2, intercept=intercept, memory_budget=memory_budget).fit(x_train, y_train)
-        wanted = [name for name in certificates if name != "ridge" or k == len(qs) - 1]
-        for name, found in certifier.certify_all(x_test, wanted).items():
-            parts = (v.cpu().numpy() for v in (found.prediction, found.flips, found.log_tail))
-            add(name, 0.0 if name == "ridge" else q, certifier.l2_, everything, *parts)
-        unbroken: list[int] = []
-        for i in chosen:
-            alpha = certifier.influences(x_test[i : i + 1])[0]
-            attacked = attack_smoothed(alpha, y_train, q, certifier.classes_)
-            unbroken.append(len(y_train) if attacked is None else int((attacked != data.y_train).sum()) - 1)
-            bar.update()
-        prediction = certifier.predict(x_test[torch.as_tensor(chosen)]).cpu().numpy()
-        add(
-            ATTACKED,
-            q,
-            certifier.l2_,
-            chosen,
-            prediction,
-            np.array(unbroken, dtype=np.int64),
-            np.full(len(chosen), np.nan),
+    with FlipFile(out, run) as file:
+        before = len(file.done)
+        for certifier in certifiers:
+            for name in (*certificates, *([ATTACKED] if attack else [])):
+                if name != "ridge":
+                    file.same_l2(name, certifier.q, certifier.l2_, certifier.conditional_)
+        if "ridge" in certificates:
+            file.same_l2("ridge", 0.0, first.l2_, first.conditional_)
+        _certify(file, certifiers, certificates, x_test, data.y_test, everything, progress)
+        _attack(file, certifiers, x_train, y_train, x_test, data.y_test, chosen, progress)
+    return before
+
+
+def scan(
+    data: FeatureData,
+    q: float = 0.1,
+    certificate: str = "exact",
+    *,
+    points: int | None = None,
+    intercept: bool = True,
+    memory_budget: int = 256 * 2**20,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> list[dict[str, str]]:
+    """Accuracy and certified flips over a grid of effective degrees of freedom, a row of a table each.
+
+    The grid reads no label: 2, 5, 10, ... up to two thirds of the features, and what ``l2="auto"`` takes.
+    """
+    x_train, x_test = (torch.as_tensor(x, device=device) for x in (data.x_train, data.x_test[:points]))
+    automatic = LabelFlipCertifier(q, certificate=certificate, intercept=intercept, memory_budget=memory_budget)
+    automatic.fit(x_train, torch.as_tensor(data.y_train, device=device))
+    most = 2 * automatic.varying_features_ / 3
+    grid = [float(step * 10**power) for power in range(7) for step in (1, 2, 5)]
+    grid = [value for value in (*grid, most) if 2 <= value <= most]
+    grid = sorted([*(v for v in grid if not math.isclose(v, automatic.freedom_, rel_tol=1e-6)), automatic.freedom_])
+    rows = []
+    for freedom in tqdm(grid, unit="value", desc="scan", disable=not progress, delay=1):
+        same = freedom == automatic.freedom_
+        certifier = automatic if same else automatic.adjusted(freedom=freedom)
+        found = certifier.certify(x_test.cpu().numpy())
+        rows.append(
+            {
+                "freedom": f"{freedom:.4g}" + (" (auto)" if same else ""),
+                "l2": f"{certifier.l2_:.4g}",
+                "accuracy": f"{found.certified_accuracy(data.y_test[:points], 0):.4f}",
+                "median": f"{np.median(found.flips):g}",
+                **{str(r): f"{found.certified_accuracy(data.y_test[:points], r):.3f}" for r in (1, 10, 50, 100, 500)},
+            }
         )
-        bar.update()
-    bar.close()
-    if attack and shared["classes"] == 2:
-        needed, prediction = attack_logistic(x_train, y_train, x_test[torch.as_tensor(chosen)])
-        survived = np.where(needed < 0, len(data.y_train), needed - 1)
-        add(UNDEFENDED, 0.0, 0.0, chosen, prediction, survived, np.full(len(chosen), np.nan))
     return rows
+
+
+def _certify(
+    file: FlipFile,
+    certifiers: Sequence[LabelFlipCertifier],
+    certificates: Sequence[str],
+    x_test: Tensor,
+    y_test: np.ndarray,
+    points: np.ndarray,
+    progress: bool,
+) -> None:
+    """The rows of certificates that are not in the file, tile by tile, influences computed once for all q."""
+    wanted = [
+        (certifier, name, 0.0 if name == "ridge" else float(certifier.q))
+        for certifier in certifiers
+        for name in certificates
+        if name != "ridge" or certifier is certifiers[0]
+    ]
+    first = certifiers[0]
+    rows = max(1, min(first.memory_budget // (8 * file.run.n), 256))
+    # Whole tiles, because a matrix product's last bits depend on its size: a run that was stopped gets equal rows.
+    tiles = [points[begin : begin + rows].tolist() for begin in range(0, len(points), rows)]
+    tiles = [tile for tile in tiles if any((name, q, i) not in file.done for _, name, q in wanted for i in tile)]
+    bar = tqdm(total=sum(map(len, tiles)), unit="point", desc="certify", disable=not progress or not tiles, delay=1)
+    for tile in tiles:
+        x = x_test[torch.tensor(tile, device=x_test.device)]
+        alpha = first.influences(x)
+        for certifier in certifiers:
+            mine = [(name, q) for other, name, q in wanted if other is certifier]
+            names = [name for name, q in mine if any((name, q, i) not in file.done for i in tile)]
+            shared = alpha if certifier.l2_ == first.l2_ else None
+            for name, found in certifier.certify_all(x, names, shared).items() if names else ():
+                q = dict(mine)[name]
+                values = (v.tolist() for v in (found.prediction, found.flips, found.log_tail))
+                file.append(
+                    Row(i, int(y_test[i]), predict, flips, tail, name, q, certifier.l2_, found.conditional)
+                    for i, predict, flips, tail in zip(tile, *values, strict=True)
+                    if (name, q, i) not in file.done
+                )
+        bar.update(len(tile))
+    bar.close()
+
+
+def _attack(
+    file: FlipFile,
+    certifiers: Sequence[LabelFlipCertifier],
+    x_train: Tensor,
+    y_train: Tensor,
+    x_test: Tensor,
+    y_test: np.ndarray,
+    points: np.ndarray,
+    progress: bool,
+) -> None:
+    """The rows of attacks that are not in the file, one by one."""
+    n = len(y_train)
+    kinds: list[tuple[str, float, LabelFlipCertifier | None]] = [(ATTACKED, float(c.q), c) for c in certifiers]
+    if file.run.classes == 2:
+        kinds.append((UNDEFENDED, 0.0, None))
+    todo = [(i, *kind) for i in points.tolist() for kind in kinds if (kind[0], kind[1], i) not in file.done]
+    logistic = LogisticAttack(x_train, y_train) if any(kind == UNDEFENDED for _, kind, _, _ in todo) else None
+    for i, name, q, certifier in tqdm(todo, unit="attack", desc="attack", disable=not progress or not todo, delay=1):
+        x, label = x_test[i : i + 1], int(y_test[i])
+        if certifier is not None:
+            attacked = attack_smoothed(certifier.influences(x)[0], y_train, q, certifier.classes_)
+            flips = n if attacked is None else int((attacked != y_train.cpu().numpy()).sum()) - 1
+            predict, l2, conditional = int(certifier.predict(x)[0]), certifier.l2_, certifier.conditional_
+        else:
+            assert logistic is not None
+            needed = logistic.flips(x[0])
+            flips, predict, l2, conditional = n if needed < 0 else needed - 1, logistic.predict(x[0]), 0.0, False
+        file.append([Row(i, label, predict, flips, float("nan"), name, q, l2, conditional)])

@@ -1,157 +1,326 @@
-"""The file of label-flip certificates, one row per test point and certificate: and its table."""
+"""The file of label-flip certificates, a row per test point and certificate: written as it goes, resumed, checked."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Sequence
+import fcntl
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 import numpy as np
 
-from pacd_fast.files import replaced
+from pacd_fast.files import AnotherRun
+from pacd_fast.labelflips.rules import exact_flips, kl_flips
 
-COLUMNS = (
-    "idx",
-    "label",
-    "predict",
-    "correct",
-    "flips",
-    "log_tail",
-    "certificate",
-    "q",
-    "l2",
-    "classes",
-    "n",
-    "constant",
-    "data",
-)
-_CURVE = ("data", "certificate", "q", "l2", "classes", "n")  # what one curve's rows have in common
-FLIPS = (1, 10, 50, 100, 200, 500, 1000, 2000)
+__all__ = [
+    "ATTACKED",
+    "COLUMNS",
+    "KINDS",
+    "NOISELESS",
+    "UNDEFENDED",
+    "FlipFile",
+    "Row",
+    "Run",
+    "is_flip_file",
+    "read_rows",
+]
+
 ATTACKED, UNDEFENDED = "attacked", "undefended"
+KINDS = ("kl", "exact", "whitebox", ATTACKED, "ridge", UNDEFENDED)  # in the order of tables
+NOISELESS = ("ridge", UNDEFENDED)
+COLUMNS = (
+    "idx", "label", "predict", "correct", "flips", "log_tail", "certificate", "q", "l2", "conditional",
+    "classes", "n", "majority", "intercept", "data",
+)  # fmt: skip
+_HEADER = "\t".join(COLUMNS) + "\n"
+Group = tuple["Run", str, float, float, bool]  # run, certificate, q, l2, conditional
+Point = tuple[int, int, int, float]  # label, predict, flips, log_tail
 
 
-def write_flips(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """The rows as a .tsv; FileNotFoundError where its folder does not exist."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    with replaced(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, dialect="excel-tab", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+@dataclass(frozen=True)
+class Run:
+    """What all rows of a file have in common.
+
+    Attributes:
+        classes: K.
+        n: the number of training labels.
+        majority: the most frequent training label, what the best constant classifier says.
+        intercept: whether the classifier has one.
+        data: name@fingerprint of features and labels.
+    """
+
+    classes: int
+    n: int
+    majority: int
+    intercept: bool
+    data: str
+
+    def fields(self) -> list[str]:
+        return [str(self.classes), str(self.n), str(self.majority), str(int(self.intercept)), self.data]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test point and certificate.
+
+    Attributes:
+        idx: the point's number in the test set.
+        label, predict: classes.
+        flips: how many label changes cannot change the prediction; ``attacked`` and ``undefended``: the most changes
+            with which the attack did not succeed, an upper bound.
+        log_tail: as in `FlipCertificates`; NaN for the two attacks.
+        certificate: kl, exact, whitebox, ridge, attacked or undefended.
+        q: label noise; 0 for ridge and undefended.
+        l2: the ridge parameter; 0 for undefended.
+        conditional: as in `FlipCertificates`.
+    """
+
+    idx: int
+    label: int
+    predict: int
+    flips: int
+    log_tail: float
+    certificate: str
+    q: float
+    l2: float
+    conditional: bool = False
+
+    def fields(self) -> list[str]:
+        whole = [self.idx, self.label, self.predict, self.label == self.predict, self.flips]
+        numbers = [repr(float(self.log_tail)), self.certificate, repr(float(self.q)), repr(float(self.l2))]
+        return [*(str(int(v)) for v in whole), *numbers, str(int(self.conditional))]
+
+
+class FlipFile:
+    """Appends rows to a file of certificates, going on where it ends.
+
+    A last line without its line break (the process was killed while writing) is cut off; nothing else is changed.  The
+    file is locked against a second process that writes to it.
+
+    Attributes:
+        done: the (certificate, q, idx) that are in the file.
+        path: the file.
+
+    Raises:
+        AnotherRun: where the file's rows have another run or ridge parameter, with what differs.
+        ValueError: where it holds something else, or is being written.
+        FileNotFoundError: where its folder does not exist.
+    """
+
+    def __init__(self, path: str | Path, run: Run) -> None:
+        self.path, self.run = Path(path), run
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: the folder {self.path.parent} does not exist; create it first")
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{path} is not a regular file; give another name")
+        self._file = io.FileIO(self.path, "a")  # unbuffered: what `append` was given is one write
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{path} is being written by another process; choose another --out") from error
+            raw = self.path.read_bytes()
+            torn = b"\n" not in raw and _HEADER.encode().startswith(raw)
+            whole = raw.rfind(b"\n") + 1
+            groups = {} if torn or raw[:whole] == _HEADER.encode() else _parse(self.path, raw)
+            self._l2: dict[tuple[str, float], tuple[float, bool]] = {}
+            self.done: set[tuple[str, float, int]] = set()
+            for (there, certificate, q, l2, conditional), rows in groups.items():
+                for name in ("data", "n", "classes", "majority", "intercept"):
+                    if getattr(there, name) != getattr(run, name):
+                        raise AnotherRun(
+                            f"{path} is another run: {name} is {getattr(there, name)} there and {getattr(run, name)} "
+                            "here; choose another --out or delete it"
+                        )
+                self._l2[certificate, q] = l2, conditional
+                self.done.update((certificate, q, idx) for idx in rows)
+            self._file.truncate(whole)
+            if torn:
+                self._write(_HEADER)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def same_l2(self, certificate: str, q: float, l2: float, conditional: bool) -> None:
+        """Raises AnotherRun where the file's rows of this certificate and q have another ridge parameter."""
+        there = self._l2.setdefault((certificate, float(q)), (l2, conditional))
+        if there != (l2, conditional):
+            raise AnotherRun(
+                f"{self.path} is another run: l2 of {certificate} at q = {q:g} is {there[0]} there and {l2} here; "
+                "choose another --out or delete it"
+            )
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Writes rows whose (certificate, q, idx) is not in the file, at once; the others must be left out."""
+        lines = []
+        for row in rows:
+            key = row.certificate, float(row.q), int(row.idx)
+            if key in self.done:
+                raise ValueError(f"{row.certificate} of point {row.idx} at q = {row.q:g} is already in {self.path}")
+            self.same_l2(row.certificate, row.q, float(row.l2), row.conditional)
+            self.done.add(key)
+            lines.append("\t".join([*row.fields(), *self.run.fields()]) + "\n")
+        if lines:
+            self._write("".join(lines))
+
+    def _write(self, text: str) -> None:
+        data = text.encode()
+        if self._file.write(data) != len(data):
+            raise OSError(f"{self.path}: not everything was written; is the disk full?")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> FlipFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def is_flip_file(path: str | Path) -> bool:
     """Whether a file starts with our header."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.readline().rstrip("\n").split("\t") == list(COLUMNS)
+        if not Path(path).is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.readline(len(_HEADER) + 1) == _HEADER.encode()
     except OSError:
         return False
 
 
-@dataclass(frozen=True)
-class Curve:
-    """One certificate at one q: arrays [m] over its test points."""
-
-    certificate: str
-    q: float
-    l2: float
-    correct: np.ndarray
-    flips: np.ndarray
-    n: int
-    constant: float
-    data: str
-
-    @property
-    def name(self) -> str:
-        return self.certificate if self.certificate in ("ridge", UNDEFENDED) else f"{self.certificate}, q = {self.q:g}"
-
-    def accuracy(self, r: int) -> float:
-        return float(np.mean(self.correct & (self.flips >= r)))
+_WHOLE = re.compile(r"[0-9]{1,18}", re.ASCII)
+_LONGEST_TABLES = 300_000  # flips, all curves together: a few seconds, whatever a file claims
 
 
-def read_flips(paths: Sequence[str | Path]) -> list[Curve]:
-    """The curves of .tsv files, in their order. ValueError for a file that is not one of ours, with its line."""
-    groups: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
-    for path in paths:
-        if not is_flip_file(path):
-            raise ValueError(f"{path} is not a file of label-flip certificates (its header is not {' '.join(COLUMNS)})")
-        with open(path, newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.DictReader(file, dialect="excel-tab"), 2):
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}, line {number}: expected {len(COLUMNS)} fields")
-                group = groups.setdefault(tuple(row[name] for name in _CURVE), {})
-                if group.get(row["idx"], row) != row:
-                    raise ValueError(
-                        f"{path}, line {number}: another certificate of point {row['idx']} was read before"
-                    )
-                group[row["idx"]] = row
-    curves = []
-    for (data, certificate, q, *_), points in groups.items():
-        rows = list(points.values())
+def _parse(path: Path, raw: bytes) -> dict[Group, dict[int, Point]]:
+    """The checked rows of a file by what they have in common; an unfinished last line is left out."""
+    if raw.startswith("\t".join(COLUMNS[:7]).encode()) and not raw.startswith(_HEADER.encode()):
+        raise ValueError(f"{path} is a file of an earlier version, without all columns: run labelflip again")
+    if not raw.startswith(_HEADER.encode()):
+        raise ValueError(f"{path} is not a file of label-flip certificates (its header is not {' '.join(COLUMNS)})")
+    try:
+        lines = raw[: raw.rfind(b"\n")].decode("utf-8").split("\n")[1:]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a file of label-flip certificates: it is not text") from error
+    if not lines:
+        raise ValueError(f"{path} has a header and no certificate yet")
+    names: dict[tuple[str, ...], Group] = {}
+    groups: dict[Group, dict[int, Point]] = {}
+    where: dict[Group, list[int]] = {}
+    for number, line in enumerate(lines, 2):
+        fields = line.split("\t")
         try:
-            curves.append(
-                Curve(
-                    certificate,
-                    float(q),
-                    float(rows[0]["l2"]),
-                    np.array([row["correct"] == "1" for row in rows]),
-                    np.array([int(row["flips"]) for row in rows]),
-                    int(rows[0]["n"]),
-                    float(rows[0]["constant"]),
-                    data,
-                )
-            )
+            if len(fields) != len(COLUMNS):
+                raise ValueError(f"{len(fields)} columns instead of {len(COLUMNS)}")
+            common = tuple(fields[6:])
+            if common not in names:
+                names[common] = _group(dict(zip(COLUMNS[6:], common, strict=True)))
+            group = names[common]
+            idx, point = _point(fields[:6], group)
+            if groups.setdefault(group, {}).setdefault(idx, point) is not point:
+                raise ValueError(f"a second row of point {idx}")
         except ValueError as error:
-            raise ValueError(f"{data}, {certificate}, q = {q}: {error}") from error
-    return curves
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        where.setdefault(group, []).append(number)
+    work = _LONGEST_TABLES
+    for group, points in groups.items():
+        work -= max(point[2] for point in points.values())
+        if (bad := _inconsistent(group, points, tight=work >= 0)) is not None:
+            raise ValueError(
+                f"{path}, line {where[group][bad]}: its flips are not those of its log_tail, q, classes and n"
+            )
+    return groups
 
 
-def flips_cells(curve: Curve, flips: Sequence[int] = FLIPS) -> dict[str, str]:
-    """A curve's line of the table, by the names of its columns."""
-    return {
-        "data": curve.data,
-        "certificate": curve.certificate,
-        "q": f"{curve.q:g}" if curve.q else "-",
-        "l2": f"{curve.l2:.4g}" if curve.l2 else "-",
-        "points": str(len(curve.flips)),
-        "accuracy": f"{curve.accuracy(0):.4f}",
-        "median": f"{np.median(curve.flips):g}",
-        **{str(r): f"{curve.accuracy(r):.3f}" for r in flips},
-    }
+def _whole(name: str, text: str, least: int, most: int) -> int:
+    if not _WHOLE.fullmatch(text) or not least <= int(text) <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, not {text[:40]!r}")
+    return int(text)
 
 
-def flips_table(curves: Sequence[Curve], flips: Sequence[int] = FLIPS) -> str:
-    """A Markdown table: accuracy, median flips of all points, certified accuracy at each number of flips."""
-    head = ["data", "certificate", "q", "l2", "points", "accuracy", "median", *map(str, flips)]
-    ruler = ["---"] * 2 + ["---:"] * (len(head) - 2)
-    lines = [head, ruler, *([flips_cells(curve, flips)[name] for name in head] for curve in curves)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _number(name: str, text: str) -> float:
+    try:
+        if not text.isascii() or "_" in text or text != text.strip():
+            raise ValueError
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, not {text[:40]!r}") from None
 
 
-def summarize_flips(paths: Sequence[str | Path], flips: Sequence[int] | None, as_json: bool) -> None:
-    """Prints the table of files of certificates, or the same as JSON."""
-    curves, flips = read_flips(paths), FLIPS if flips is None else flips
-    if not as_json:
-        print(flips_table(curves, flips))
-        return
-    found = [
-        {
-            "data": c.data,
-            "certificate": c.certificate,
-            "q": c.q,
-            "l2": c.l2,
-            "points": len(c.flips),
-            "n": c.n,
-            "accuracy": c.accuracy(0),
-            "constant": c.constant,
-            "median_flips": float(np.median(c.flips)),
-            "certified_accuracy": {str(r): c.accuracy(r) for r in flips},
-        }
-        for c in curves
-    ]
-    print(json.dumps(found, indent=2))
+def _group(text: dict[str, str]) -> Group:
+    """What a row has in common with others, checked."""
+    classes = _whole("classes", text["classes"], 2, 2**31)
+    n = _whole("n", text["n"], 1, 10**15)
+    majority = _whole("majority", text["majority"], 0, classes - 1)
+    intercept, conditional = (bool(_whole(name, text[name], 0, 1)) for name in ("intercept", "conditional"))
+    certificate, q, l2 = text["certificate"], _number("q", text["q"]), _number("l2", text["l2"])
+    if certificate not in KINDS or (certificate == UNDEFENDED and classes != 2):
+        raise ValueError(f"certificate must be one of {', '.join(KINDS)}, not {certificate[:40]!r}")
+    if not (q == 0 if certificate in NOISELESS else 1e-300 <= q < (classes - 1) / classes):
+        raise ValueError(f"q of {certificate} cannot be {q} with {classes} classes")
+    if not (math.isfinite(l2) and l2 >= 0):
+        raise ValueError(f"l2 must be finite and not negative, not {l2}")
+    if not text["data"].isprintable() or not text["data"]:
+        raise ValueError("data must be printable text")
+    return Run(classes, n, majority, intercept, text["data"]), certificate, q, l2, conditional
+
+
+def _point(text: Sequence[str], group: Group) -> tuple[int, Point]:
+    """idx and the rest of a row, checked against each other."""
+    run, certificate = group[0], group[1]
+    idx = _whole("idx", text[0], 0, 10**15)
+    label, predict = (
+        _whole(name, t, 0, run.classes - 1) for name, t in zip(("label", "predict"), text[1:3], strict=True)
+    )
+    if _whole("correct", text[3], 0, 1) != (label == predict):
+        raise ValueError(f"correct is {text[3]}, but label is {label} and predict {predict}")
+    flips, tail = _whole("flips", text[4], 0, run.n), _number("log_tail", text[5])
+    if certificate in (ATTACKED, UNDEFENDED):
+        good = math.isnan(tail)
+    else:
+        good = tail == -math.inf if certificate == "ridge" else tail <= 0
+    if not good:
+        raise ValueError(f"log_tail of {certificate} cannot be {text[5][:40]}")
+    return idx, (label, predict, flips, tail)
+
+
+def _inconsistent(group: Group, points: dict[int, Point], tight: bool) -> int | None:
+    """The number of the first point whose flips do not follow from its log_tail; None where all do.
+
+    One flip more or less is left to other libraries' logarithms.  tight: compute the tables of the exact rule too.
+    """
+    run, certificate, q = group[:3]
+    if certificate not in ("kl", "exact", "whitebox"):
+        return None
+    flips, tails = (np.array([point[i] for point in points.values()]) for i in (2, 3))
+    most = min(run.n, int(flips.max()) + 2)
+    wrong = flips < np.minimum(kl_flips(tails, q, run.classes, run.n), most) - 1  # the closed form is the smallest
+    if certificate == "kl":
+        wrong |= flips > kl_flips(tails, q, run.classes, run.n) + 1
+    elif tight:
+        exact = exact_flips(tails, q, run.classes, most)
+        wrong |= (flips < exact - 1) | ((certificate == "exact") & (flips > exact + 1))
+    return int(np.flatnonzero(wrong)[0]) if wrong.any() else None
+
+
+def read_rows(path: str | Path) -> dict[Group, dict[int, Point]]:
+    """The rows of a file by what they have in common, then by idx; each checked against itself.
+
+    An unfinished last line is left out: the file may be growing.
+
+    Raises:
+        ValueError: with file and line, for a file that is not one of ours, a row that contradicts itself, a second row
+            of a point, or a file without a row.
+        FileNotFoundError: where there is no file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    return _parse(path, path.read_bytes())

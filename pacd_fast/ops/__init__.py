@@ -9,6 +9,7 @@ ValueError.  Imports nothing of the package but its compiled libraries.
 from pacd_fast.ops.bounds import clopper_pearson_lower, clopper_pearson_upper, normal_quantile
 from pacd_fast.ops.chernoff import chernoff_newton, chernoff_newton_pairs
 from pacd_fast.ops.convolution import convolve3x3, narrow_grad
+from pacd_fast.ops.lattice import lattice_copies, lattice_step, require_on_lattice
 from pacd_fast.ops.libraries import FLOATS, cuda_library, transformed
 from pacd_fast.ops.noise import noisy_copies
 from pacd_fast.ops.pooling import max_pool_relu
@@ -24,10 +25,13 @@ __all__ = [
     "clopper_pearson_upper",
     "convolve3x3",
     "cuda_library",
+    "lattice_copies",
+    "lattice_step",
     "max_pool_relu",
     "narrow_grad",
     "noisy_copies",
     "normal_quantile",
+    "require_on_lattice",
     "soft_radius",
     "soft_smooth",
     "tally_votes",

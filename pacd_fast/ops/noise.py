@@ -22,6 +22,62 @@ def _channel_numbers(values: Sequence[float] | Tensor | None, name: str, x: Tens
     return tensor
 
 
+def require_images(x: Tensor, sigma: float) -> None:
+    require_device(x)
+    require(
+        x.dim() >= 1 and x.dtype in FLOATS,
+        lambda: f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}",
+    )
+    require(math.isfinite(sigma) and sigma >= 0, lambda: f"sigma must be finite and not negative, not {sigma}")
+
+
+def require_counters(
+    x: Tensor, copies: int, seed: int, first: int, stream: int, image_ids: Tensor | None, bits: int = 16
+) -> None:
+    """The numbers that noise is a function of; `bits` of them for the stream."""
+    require(copies >= 1, lambda: f"copies must be at least 1, not {copies}")
+    require(0 <= seed < 2**63, lambda: f"seed must be in [0, 2^63), not {seed}")
+    require(
+        first >= 0 and first + copies <= 2**32,
+        lambda: f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}",
+    )
+    require(0 <= stream < 2**bits, lambda: f"stream must be in [0, 2^{bits}), not {stream}")
+    if image_ids is not None:
+        require(
+            image_ids.dtype == torch.int64 and image_ids.shape == x.shape[:1] and image_ids.device == x.device,
+            lambda: f"image_ids must be int64 [{x.shape[0]}] on {x.device}",
+        )
+
+
+def require_out(
+    out: Tensor, x: Tensor, copies: int, dtype: torch.dtype | None, memory_format: torch.memory_format | None
+) -> None:
+    require(dtype is None and memory_format is None, "out has its own dtype and memory_format")
+    require(
+        out.dtype in FLOATS and out.device == x.device and out.shape == (x.shape[0] * copies, *x.shape[1:]),
+        lambda: f"out must be {(len(x) * copies, *x.shape[1:])} on {x.device}, not {tuple(out.shape)} on {out.device}",
+    )
+    require(
+        out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)),
+        "out must be contiguous or channels_last",
+    )
+
+
+def result_layout(
+    x: Tensor, dtype: torch.dtype | None, memory_format: torch.memory_format | None
+) -> tuple[torch.dtype, bool]:
+    """dtype of the copies of x, and whether they are channels_last."""
+    dtype = x.dtype if dtype is None else dtype
+    require(dtype in FLOATS, lambda: f"dtype must be float32, bfloat16 or float16, not {dtype}")
+    last = memory_format == torch.channels_last
+    require(
+        last or memory_format in (None, torch.contiguous_format),
+        lambda: f"memory_format must be contiguous or channels_last, not {memory_format}",
+    )
+    require(not last or x.dim() == 4, "channels_last needs x [B, C, H, W]")
+    return dtype, last
+
+
 def noisy_copies(
     x: Tensor,
     sigma: float,
@@ -62,50 +118,17 @@ def noisy_copies(
     Raises:
         ValueError: for anything outside these ranges.
     """
-    require_device(x)
-    require(
-        x.dim() >= 1 and x.dtype in FLOATS,
-        lambda: f"x must be float32, bfloat16 or float16 [B, ...], not {x.dtype} {tuple(x.shape)}",
-    )
-    require(math.isfinite(sigma) and sigma >= 0, lambda: f"sigma must be finite and not negative, not {sigma}")
-    require(copies >= 1, lambda: f"copies must be at least 1, not {copies}")
-    require(0 <= seed < 2**63, lambda: f"seed must be in [0, 2^63), not {seed}")
-    require(
-        first >= 0 and first + copies <= 2**32,
-        lambda: f"samples are numbered 0 to 2^32 - 1, not {first} to {first + copies - 1}",
-    )
-    require(0 <= stream < 2**16, lambda: f"stream must be in [0, 2^16), not {stream}")
-    if image_ids is not None:
-        require(
-            image_ids.dtype == torch.int64 and image_ids.shape == x.shape[:1] and image_ids.device == x.device,
-            lambda: f"image_ids must be int64 [{x.shape[0]}] on {x.device}",
-        )
+    require_images(x, sigma)
+    require_counters(x, copies, seed, first, stream, image_ids)
     require((mean is None) == (std is None), "mean and std come together")
     shift, spread = _channel_numbers(mean, "mean", x), _channel_numbers(std, "std", x)
     pixels = x if x.dtype == torch.float32 else x.float()
     if out is not None:
-        require(dtype is None and memory_format is None, "out has its own dtype and memory_format")
-        require(
-            out.dtype in FLOATS and out.device == x.device and out.shape == (x.shape[0] * copies, *x.shape[1:]),
-            lambda: (
-                f"out must be {(len(x) * copies, *x.shape[1:])} on {x.device}, not {tuple(out.shape)} on {out.device}"
-            ),
-        )
-        require(
-            out.is_contiguous() or (out.dim() == 4 and out.is_contiguous(memory_format=torch.channels_last)),
-            "out must be contiguous or channels_last",
-        )
+        require_out(out, x, copies, dtype, memory_format)
         if out.numel() > 0:
             operators.noisy_copies_(out, pixels, image_ids, float(sigma), seed, first, stream, shift, spread)
         return out
-    dtype = x.dtype if dtype is None else dtype
-    require(dtype in FLOATS, lambda: f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    last = memory_format == torch.channels_last
-    require(
-        last or memory_format in (None, torch.contiguous_format),
-        lambda: f"memory_format must be contiguous or channels_last, not {memory_format}",
-    )
-    require(not last or x.dim() == 4, "channels_last needs x [B, C, H, W]")
+    dtype, last = result_layout(x, dtype, memory_format)
     if x.numel() == 0:
         return x.new_empty((x.shape[0] * copies, *x.shape[1:]), dtype=dtype)
     numbers = (image_ids, float(sigma), copies, seed, first, stream, dtype, last, shift, spread)

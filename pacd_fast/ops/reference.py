@@ -5,6 +5,7 @@ Imported by tests and benchmarks only.
 
 from __future__ import annotations
 
+import mpmath
 import numpy as np
 import torch
 from scipy.optimize import brentq
@@ -82,6 +83,124 @@ def noisy_copies(
             std, dtype=torch.float64
         ).reshape(shape)
     return y.to(dtype or x.dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+
+
+def random_words(elements: int, seed: int, stream: int, image: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """The radius word and the angle word of every element; which of the pair's numbers it is: element // 16 % 2."""
+    tiles = -(-elements // 64)
+    counter = np.zeros((tiles * 16, 4), np.uint32)
+    counter[:, 0] = np.arange(tiles * 16)
+    counter[:, 1:] = sample, image & 0xFFFFFFFF, (stream << 16) | (image >> 32)
+    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(tiles, 16, 2, 2).repeat(2, 2)
+    words = words.transpose(0, 2, 1, 3).reshape(-1, 2)[
+        :elements
+    ]  # element 64 t + 16 w + l has word w of block 16 t + l
+    return words[:, 0], words[:, 1]
+
+
+def exact_cell(x: float, sigma: float, step: float, offset: float, radius: int, angle: int, sine: bool) -> int:
+    """round((x + sigma * Z - offset) / step) for the Z of 64 digits each for radius and angle, with 50 decimals."""
+    with mpmath.workdps(50):
+        u = (mpmath.mpf(radius) + 0.5) / 2**64
+        turn = (mpmath.mpf(angle & (2**61 - 1)) + 0.5) / 2**61 * mpmath.pi / 4
+        swap, negative = bool(angle >> 61 & 1), bool(angle >> (63 if sine else 62) & 1)
+        part = mpmath.sin(turn) if sine != swap else mpmath.cos(turn)
+        z = mpmath.sqrt(-2 * mpmath.log(u)) * (-part if negative else part)
+        return int(mpmath.nint((mpmath.mpf(x) + mpmath.mpf(sigma) * z - mpmath.mpf(offset)) / mpmath.mpf(step)))
+
+
+def lattice_cells(
+    x: np.ndarray,
+    sigma: float,
+    step: np.ndarray,
+    offset: np.ndarray,
+    seed: int,
+    stream: int,
+    image: int,
+    sample: int,
+) -> np.ndarray:
+    """The cells of a sample of one image, float64 [elements]: in float64, and with mpmath where that is near an end."""
+    words = random_words(x.size, seed, stream, image, sample)
+    further = random_words(x.size, seed, stream | 0x8000, image, sample)
+    radius, angle = (w.astype(object) * 2**32 + v.astype(object) for w, v in zip(words, further, strict=True))
+    sine = np.arange(x.size) // 16 % 2 == 1
+    cosines, sines = unit_vectors(words[1])
+    z = np.sqrt(-2 * np.log((words[0] + 0.5) * 2.0**-32)) * np.where(sine, sines, cosines)
+    a = (x + sigma * z - offset) / step
+    cells = np.rint(a)
+    # 32 digits leave Z open by 1e-3 for the first words and last words, and by 1e-5 where neither is near
+    coarse = np.minimum(words[0], 2**32 - 1 - words[0].astype(np.int64)) < 2**16
+    near = np.abs(a - cells) > 0.5 - 1e-5 * (1 + sigma / step) - 1e-9 * np.abs(a)
+    for e in np.flatnonzero(coarse | near):
+        cells[e] = exact_cell(x[e], sigma, step[e], offset[e], radius[e], angle[e], bool(sine[e]))
+    return cells
+
+
+def lattice_copies(
+    x,
+    sigma,
+    copies=1,
+    seed=0,
+    *,
+    step,
+    offset=None,
+    first=0,
+    image_ids=None,
+    stream=0,
+    dtype=None,
+    memory_format=None,
+):
+    """`pacd_fast.ops.lattice_copies` with exact cells; no copy is void (the probability of one is 1e-11 an element)."""
+    ids = range(len(x)) if image_ids is None else image_ids.tolist()
+    channels = [-1, *[1] * (x.dim() - 2)] if x.dim() > 1 else []
+    steps, offsets = (
+        torch.as_tensor(0.0 if v is None else v, dtype=torch.float64)
+        .reshape(channels)
+        .expand(x.shape[1:])
+        .numpy()
+        .ravel()
+        for v in (step, offset)
+    )
+    sigma = float(np.float32(sigma))
+    cells = np.stack(
+        [
+            lattice_cells(image.double().numpy().ravel(), sigma, steps, offsets, seed, stream, i, first + j)
+            for image, i in zip(x, ids, strict=True)
+            for j in range(copies)
+        ]
+    )
+    y = torch.from_numpy(cells * steps + offsets).float().reshape(-1, *x.shape[1:])
+    y = y.to(dtype or x.dtype).contiguous(memory_format=memory_format or torch.contiguous_format)
+    return y, torch.zeros(len(y), dtype=torch.bool)
+
+
+def threshold_table(sigma: float, step: float = 1 / 255) -> Tensor:
+    """int64 [cells]: the masses of the cells of rounded Gaussian noise in units of 2^-60, added up.
+
+    The cells of 6 sigma and one more unit of x either way, each mass rounded down; the rest is what is void.
+    """
+    reach = round((max(1, int(6 * sigma)) + 1) / step)
+    with mpmath.workdps(40):
+        ends = [mpmath.ncdf((i - mpmath.mpf(1) / 2) * step / sigma) for i in range(-reach, 1)]
+        half = [int(mpmath.floor((b - a) * 2**60)) for a, b in zip(ends, ends[1:], strict=False)]  # below the middle
+        middle = int(mpmath.floor((1 - 2 * ends[-1]) * 2**60))
+    return torch.tensor([*half, middle, *reversed(half)]).cumsum(0)
+
+
+def threshold_copies(x: Tensor, table: Tensor, copies: int, step: float = 1 / 255, *, one_by_one: bool = False):
+    """Lattice noise by 60-bit integers against thresholds, for x on the lattice: the sampler of Voracek and Hein 2023.
+
+    one_by_one: a comparison with every threshold, as in their code; else a binary search.  Returns copies and voids.
+    """
+    u = torch.randint(0, 2**60, (len(x) * copies, *x.shape[1:]))
+    if one_by_one:
+        cells = torch.zeros(u.shape)
+        for threshold in table.tolist():
+            cells += u >= threshold
+    else:
+        cells = torch.searchsorted(table, u, right=True)
+    voids = (u >= table[-1]).flatten(1).any(1)
+    return (x.repeat_interleave(copies, 0) / step + (cells - len(table) // 2)).round() * step, voids
 
 
 def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:

@@ -1,0 +1,135 @@
+"""Label-flip attacks: never stronger than a certificate allows, and strong enough to mean something."""
+
+import numpy as np
+import pytest
+from flip_problems import all_labels, base_classifier, problem, smoothed
+
+from pacd_fast import _C, LabelFlipCertifier
+from pacd_fast.labelflips.attacks import LogisticAttack, attack_logistic, attack_ridge, attack_smoothed, harmful_flips
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_attacks_never_break_a_certificate(classes, record_property):
+    X, y, test, _ = problem(5, classes=classes)
+    q, draws = 0.2, 4000
+    certifier = LabelFlipCertifier(q).fit(X, y)
+    found = certifier.certify_all(test)
+    rng = np.random.default_rng(0)
+    ratios = []
+    for j, alpha in enumerate(certifier.influences(test).numpy()):
+        attacked = attack_ridge(alpha, y, classes)
+        assert attacked is not None
+        # greedy is optimal without smoothing: the attack needs exactly one more than is certified
+        assert int((attacked != y).sum()) == int(found["ridge"].flips[j]) + 1
+        attacked = attack_smoothed(alpha, y, q, classes)
+        assert attacked is not None
+        flips, needed = int(found["whitebox"].flips[j]), int((attacked != y).sum())
+        assert flips < needed
+        ratios.append(flips / needed)
+        # the strongest attack of the certified size, for every rival: the sampled majority stays
+        winner = int(found["whitebox"].prediction[j])
+        for rival in set(range(classes)) - {winner} if flips else ():
+            index, new, _ = harmful_flips(alpha, y, classes, winner, rival)
+            worst = y.copy()
+            worst[index[:flips]] = new[:flips]
+            changed = rng.random((draws, len(y))) < q
+            sampled = np.where(changed, (worst + rng.integers(1, classes, (draws, len(y)))) % classes, worst)
+            share = (base_classifier(alpha, sampled.T, classes) == winner).mean()
+            assert share > 0.5 - 5 * 0.5 / np.sqrt(draws)
+    record_property("white-box certificate / attack, median", float(np.median(ratios)))
+    assert np.median(ratios) > 0.5
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_an_attack_on_the_smoothed_classifier_is_proved(classes):
+    """The attacked prediction is another class by a certificate of its own, and by enumeration the majority."""
+    X, y, test, _ = problem(6, n=300, classes=classes, m=10)
+    certifier = LabelFlipCertifier(0.1).fit(X, y)
+    unproved = 0
+    for alpha in certifier.influences(test).numpy():
+        attacked = attack_smoothed(alpha, y, 0.1, classes)
+        before = int(_C.linear_flips(alpha[None], y, 0.1, classes, True)[0][0])
+        said, flips = (int(v[0]) for v in _C.linear_flips(alpha[None], attacked, 0.1, classes, True))
+        assert said != before and flips >= 1
+        # the same change with one flip less is either not another class, or not proved
+        index, new, _ = harmful_flips(alpha, y, classes, before, said)
+        fewer = y.copy()
+        count = int((attacked != y).sum()) - 1
+        fewer[index[:count]] = new[:count]
+        said, flips = (int(v[0]) for v in _C.linear_flips(alpha[None], fewer, 0.1, classes, True))
+        assert said == before or flips == 0
+        unproved += said != before
+    assert unproved >= 5  # so that taking what is not proved would have been seen
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        n = 9 if classes == 2 else 7
+        y = rng.integers(0, classes, n)
+        alpha = np.where(y == 1, 1.0, -0.3) * rng.uniform(0.5, 1.5, n) / n * 3
+        attacked = attack_smoothed(alpha, y, 0.05, classes)
+        if attacked is None:
+            continue
+        labels = all_labels(n, classes)
+        share = smoothed(base_classifier(alpha, labels, classes), n, classes, 0.05)
+        before = int(_C.linear_flips(alpha[None], y, 0.05, classes, True)[0][0])
+        here = int((labels == attacked[:, None]).all(0).argmax())
+        assert share[before][here] < 0.5
+
+
+def retrained(x, y, l2=1e-2):
+    """Logistic regression with a constant, by Newton's method with halved steps, to the last digits."""
+    x = np.column_stack([x, np.ones(len(x))])
+
+    def loss(w):
+        return np.logaddexp(0, x @ w).sum() - y @ (x @ w) + l2 / 2 * w @ w
+
+    w = np.zeros(x.shape[1])
+    for _ in range(200):
+        p = 1 / (1 + np.exp(-x @ w))
+        gradient = x.T @ (p - y) + l2 * w
+        move = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + l2 * np.eye(len(w)), gradient)
+        length = 1.0
+        while loss(w - length * move) > loss(w) - 1e-4 * length * gradient @ move and length > 1e-9:
+            length /= 2
+        w = w - length * move
+        if gradient @ move < 1e-14:
+            break
+    return w
+
+
+def influence_order(x, y, point, side, l2=1e-2):
+    """Training points from the most harmful flip to the least, by their influence at p = 1/2."""
+    x, point = np.column_stack([x, np.ones(len(x))]), np.append(point, 1.0)
+    harm = (x @ np.linalg.solve(x.T @ x / 4 + l2 * np.eye(len(point)), point)) * (1 - 2 * y) * (-1 if side else 1)
+    return np.argsort(-harm, kind="stable")
+
+
+@pytest.mark.parametrize(("n", "k"), [(200, 3), (120, 60)])
+def test_logistic_attack_needs_the_least_number_of_top_flips(n, k):
+    """Against a model trained by another method: r flips change the prediction, and r - 1 do not."""
+    X, y, test, _ = problem(8, n=n, k=k, m=12)
+    attack = LogisticAttack(X, y)
+    clean = retrained(X, y)
+    checked = 0
+    for point in test:
+        side = bool(np.append(point, 1.0) @ clean >= 0)
+        assert attack.predict(point) == side
+        flips, order = attack.flips(point), influence_order(X, y, point, side)
+        for count, expected in ((flips, True), (flips - 1, False)):
+            changed = y.copy()
+            changed[order[:count]] = 1 - changed[order[:count]]
+            vote = np.append(point, 1.0) @ retrained(X, changed)
+            assert (bool(vote >= 0) != side) == expected
+            checked += flips > 1
+    assert checked >= 6 and attack.weight.shape == (k + 1,)
+
+
+def test_logistic_attack_within_a_limit():
+    X, y, test, _ = problem(8, n=200, m=6)
+    flips, prediction = attack_logistic(X, y, test)
+    assert set(prediction.tolist()) == {0, 1}
+    most = int(np.median(flips))
+    assert flips.min() < flips.max() and 1 <= most < flips.max()
+    limited, again = attack_logistic(X, y, test, limit=most)
+    assert np.array_equal(limited, np.where(flips <= most, flips, -1)) and np.array_equal(again, prediction)
+    with pytest.raises(ValueError, match="two classes"):
+        attack_logistic(X, y + 1, test)
