@@ -25,8 +25,8 @@ def add_checkpoint(sub: argparse.ArgumentParser, **more: Any) -> None:
     for name in ("mean", "std"):
         sub.add_argument(
             f"--{name}", type=number, nargs="+", metavar="X",
-            help=f"{name} of a channel of the normalisation in front, where the checkpoint does not hold it; by default "
-            "none, and for locuslab's files that of CIFAR-10",
+            help=f"{name} a channel of the normalisation in front, where the checkpoint does not hold it; by default "
+            "none, and CIFAR-10's for locuslab's files",
         )  # fmt: skip
 
 
