@@ -26,19 +26,39 @@ from pacd_fast.networks import BUILT_IN, Checkpoint, load_checkpoint
 
 
 def add_checkpoint(sub: argparse.ArgumentParser, **more: Any) -> None:
-    """--checkpoint and --model."""
-    sub.add_argument(
-        "--checkpoint", required=True, **{"help": "our .safetensors, a state_dict, or locuslab's checkpoint", **more}
-    )
+    """--checkpoint, and what it may not say itself."""
+    text = "our .safetensors, a state_dict, or locuslab's checkpoint"
+    sub.add_argument("--checkpoint", **{"required": True, "help": text, **more})
     networks = f"{', '.join(BUILT_IN)} or package.module:function"
     sub.add_argument("--model", help=f"where the checkpoint does not say it: {networks}")
+    sub.add_argument("--num-classes", type=whole_number, help="where neither the checkpoint nor the data say it")
+    for name in ("mean", "std"):
+        sub.add_argument(
+            f"--{name}", type=number, nargs="+", metavar="X",
+            help=f"{name} a channel of the normalisation in front, where the checkpoint does not hold it; by default "
+            "none, and CIFAR-10's for locuslab's files",
+        )  # fmt: skip
 
 
-def checkpoint_for(path: str, model: str | None, data: Dataset) -> Checkpoint:
-    """A checkpoint that fits the data."""
-    return load_checkpoint(
-        path, arch=model, num_classes=data.num_classes, in_channels=data.in_channels, image_size=data.image_size
+def checkpoint_for(path: str, options: argparse.Namespace, data: Dataset) -> Checkpoint:
+    """A checkpoint of the command line that fits the data; says what was done to make it fit."""
+    num_classes = options.num_classes
+    if num_classes is None and len(data.x_train):  # test images alone may not be of every class
+        num_classes = data.num_classes
+    found = load_checkpoint(
+        path,
+        arch=options.model,
+        num_classes=num_classes,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        mean=options.mean,
+        std=options.std,
     )
+    if found.num_classes < data.num_classes:
+        raise ValueError(f"{path} knows {found.num_classes} classes, and the images are of {data.num_classes}")
+    for note in found.notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    return found
 
 
 def add_commands(add: Any) -> None:
@@ -53,8 +73,7 @@ def add_commands(add: Any) -> None:
     sub.add_argument("--out", required=True, help="a new file (.tsv)")
     sub = add("verify", run_verify, "recompute every certificate of a results file; draw the noise again for some")
     sub.add_argument("file")
-    sub.add_argument("--checkpoint", help="with it, the votes of some images are drawn again and compared")
-    sub.add_argument("--model", help="where the checkpoint does not say it")
+    add_checkpoint(sub, required=False, help="with it, the votes of some images are drawn again and compared")
     add_data(sub)
     sub.add_argument("--split", choices=["test", "train", "val"], default="test")
     sub.add_argument("--images", type=whole_number, default=5, help="how many, a random choice")
@@ -104,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     if shard[1] > 1 and options.seed is None and not Path(options.out).exists():
         raise ValueError("shards are merged only where they have one seed: give them the same --seed")
     certify_dataset(
-        checkpoint_for(options.checkpoint, options.model, data),
+        checkpoint_for(options.checkpoint, options, data),
         data,
         options.split,
         _chosen(options, data, shard),
@@ -120,7 +139,7 @@ def run_predict(options: argparse.Namespace) -> None:
     device, data = device_of(options.device), load_data(options)
     chosen = _chosen(options, data)
     right, abstained, samples = predict_dataset(
-        checkpoint_for(options.checkpoint, options.model, data), data, options.split, chosen, options.out,
+        checkpoint_for(options.checkpoint, options, data), data, options.split, chosen, options.out,
         Certify(**given(Certify, options)), device=device, progress=True,
     )  # fmt: skip
     count = len(chosen)
@@ -143,7 +162,7 @@ def run_verify(options: argparse.Namespace) -> int:
     if not 1 <= wanted <= len(known):
         raise ValueError(f"between 1 and {len(known)} images can be drawn again, not {wanted}")
     images = sorted(int(known[i]) for i in random_subset(torch.zeros(len(known)), None, wanted, options.choice))
-    checkpoint = checkpoint_for(options.checkpoint, options.model, data)
+    checkpoint = checkpoint_for(options.checkpoint, options, data)
     different = 0
     for idx, difference in redraw(options.file, checkpoint, data, options.split, images, device=device, progress=True):
         if difference is not None:

@@ -1,6 +1,6 @@
 """Classifiers: the papers' networks, layers that are quick on a CPU, and classifiers as files.
 
-Imports `files` and `ops`.
+Imports `arguments`, `files`, `randomness` and `ops`.
 """
 
 from pacd_fast.networks.checkpoints import Checkpoint, fingerprint, load_checkpoint, save_checkpoint

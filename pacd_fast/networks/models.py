@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacd_fast.files import reason
 from pacd_fast.networks import layers
 
 BUILT_IN = ("mnist-cnn", "convnet", "resnet20", "resnet56", "resnet110")
@@ -203,7 +205,8 @@ def build(
     """A freshly initialised classifier: images [B, in_channels, *image_size] in [0, 1] -> logits [B, num_classes].
 
     name: one of BUILT_IN, or ``package.module:function`` for a network of the user's own; the function (or class) is
-    called with the keyword num_classes and returns an nn.Module. That imports and runs the user's code.
+    called with the keyword num_classes where it takes it, else without arguments, and returns an nn.Module. That
+    imports and runs the user's code.
     in_channels, image_size (H, W): needed for a built-in network, unused for a user's.
     mean, std: with both given the result is ``nn.Sequential(Normalize(mean, std), network)``, else the bare network.
 
@@ -249,14 +252,38 @@ def _user_network(name: str, num_classes: int) -> nn.Module:
         raise ValueError(
             f"model {name}: cannot import {module_name} ({error}); add its folder to PYTHONPATH"
         ) from error
+    except Exception as error:
+        raise ValueError(f"model {name}: {module_name} cannot be imported: {_failure(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"model {name}: {module_name} has no function {function_name}")
     try:
-        inspect.signature(function).bind(num_classes=num_classes)
+        network = function(**_keywords(function, num_classes))
     except TypeError as error:
-        raise ValueError(f"model {name}: it must be callable as {function_name}(num_classes=...): {error}") from error
-    network = function(num_classes=num_classes)
+        raise ValueError(
+            f"model {name}: it must be callable as {function_name}(num_classes=...) or {function_name}(): "
+            f"{_failure(error)}"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"model {name}: {function_name} failed: {_failure(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model {name}: it returned {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def _keywords(function: Callable[..., object], num_classes: int) -> dict[str, int]:
+    """num_classes, unless the function does not take it."""
+    try:
+        inspect.signature(function).bind(num_classes=num_classes)
+    except TypeError:
+        return {}
+    except ValueError:  # it does not say what it takes
+        pass
+    return {"num_classes": num_classes}
+
+
+def _failure(error: BaseException) -> str:
+    """What a user's code raised, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return reason(error) + where
