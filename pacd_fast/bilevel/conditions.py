@@ -166,21 +166,20 @@ class _GaussNewton:
         self.lower, self.arguments, self.u, self.v = lower, arguments, u, v
         self.outer = Arguments(arguments.trees[0])
         outputs = arguments.call(lower.outputs, u, v)
-        self.outputs = self._of_inner_dtype(outputs)
-        self.points = [each.detach().requires_grad_() for each in self.outputs]
-        self.form = rebuilt(outputs, self.points)  # their tree, without their graph
-        loss = self._loss(self.points)
-        self.value = loss.detach()
-        self.slope = gradients(loss, self.points, create_graph=True)
+        self.form = rebuilt(outputs, [each.detach() for each in with_graph(outputs)])  # their tree, without their graph
+        self.value, self.slope = self._sloped(self._of_inner_dtype(outputs))
 
     def _of_inner_dtype(self, outputs: Tree) -> list[Tensor]:
         """What the network said in low precision goes on in the solver's."""
         return [each.to(self.v[0].dtype) for each in with_graph(outputs)]
 
-    def _loss(self, outputs: list[Tensor]) -> Tensor:
-        tree = rebuilt(self.form, outputs)
-        loss: Tensor = self.outer.call(lambda outer: self.lower.of_outputs(outer, tree), self.u)
-        return loss
+    def _sloped(self, outputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss of these outputs, and its gradient there with a graph to whatever the outputs depend on."""
+        # views: one output may be computed from another, and the loss's gradient must not take that way as well
+        points = [each.view_as(each) if each.requires_grad else each.detach().requires_grad_() for each in outputs]
+        tree = rebuilt(self.form, points)
+        loss = self.outer.call(lambda outer: self.lower.of_outputs(outer, tree), self.u)
+        return loss.detach(), gradients(loss, points, create_graph=True)
 
     def _tangent(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs and their derivatives along v, by dual numbers: for residual networks several times faster than
@@ -194,15 +193,13 @@ class _GaussNewton:
     def product(self, v: Tensor) -> Tensor:
         with torch.no_grad():
             _, pushed = self._tangent(shaped(v, self.v))
-        bent = filled(_along(self.slope, self.points, pushed), self.points)
-        return flat(filled(_along(self.outputs, self.v, bent), self.v))
+        return flat(filled(_along(self.slope, self.v, pushed), self.v))  # pushed held: the network's bend has no part
 
     def mixed(self, q: Tensor) -> list[Tensor | None]:
         """d <d loss(outputs) / d inner, q> / d outer = d <d loss / d outputs, J q> / d outer."""
-        del self.outputs  # the graph of the products: from here on there is another one
+        del self.slope  # the graph of the products: from here on there is another one
         values, pushed = self._tangent(shaped(q, self.v))
-        points = [each if each.requires_grad else each.detach().requires_grad_() for each in values]
-        slope = gradients(self._loss(points), points, create_graph=True)
+        _, slope = self._sloped(values)
         total = sum((s * p).sum() for s, p in zip(slope, pushed, strict=True))
         if not (isinstance(total, Tensor) and total.requires_grad):  # nothing depends on outer
             return [None] * len(self.u)
