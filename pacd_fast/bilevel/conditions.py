@@ -128,13 +128,15 @@ def gradients(value: Tensor, at: Sequence[Tensor], **options: Any) -> list[Tenso
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, at, strict=True)]
 
 
-def _along(values: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor | None]:
-    """d <values, directions> / d at, None where there is no dependence; the graph stays."""
+def along(
+    values: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[Tensor], keep: bool = True
+) -> list[Tensor | None]:
+    """d <values, directions> / d at, None where there is no dependence; keep: the graph, for another product."""
     pairs = [(value, direction) for value, direction in zip(values, directions, strict=True) if value.requires_grad]
     if not pairs:
         return [None] * len(at)
     outputs, weights = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, at, grad_outputs=weights, retain_graph=True, allow_unused=True))
+    return list(torch.autograd.grad(outputs, at, grad_outputs=weights, retain_graph=keep, allow_unused=True))
 
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -151,10 +153,10 @@ class _Linear:
         self.f, self.u, self.v, self.value, self.symmetric = f, u, v, value, symmetric
 
     def product(self, v: Tensor) -> Tensor:
-        return flat(filled(_along(self.f, self.v, shaped(v, self.v)), self.v))
+        return flat(filled(along(self.f, self.v, shaped(v, self.v)), self.v))
 
     def mixed(self, q: Tensor) -> list[Tensor | None]:
-        return _along(self.f, self.u, shaped(q, self.v))
+        return along(self.f, self.u, shaped(q, self.v))
 
 
 class _GaussNewton:
@@ -193,7 +195,7 @@ class _GaussNewton:
     def product(self, v: Tensor) -> Tensor:
         with torch.no_grad():
             _, pushed = self._tangent(shaped(v, self.v))
-        return flat(filled(_along(self.slope, self.v, pushed), self.v))  # pushed held: the network's bend has no part
+        return flat(filled(along(self.slope, self.v, pushed), self.v))  # pushed held: the network's bend has no part
 
     def mixed(self, q: Tensor) -> list[Tensor | None]:
         """d <d loss(outputs) / d inner, q> / d outer = d <d loss / d outputs, J q> / d outer."""
