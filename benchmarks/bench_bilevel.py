@@ -1,7 +1,7 @@
 """Hypergradients beside other libraries': the poisoned network, ridge regression, unrolled steps, memory, bfloat16.
 
 Each contender runs in processes of its own, with one thread, twice and in turn; seconds are the processor's, the least
-of all calls.  Memory is the peak of the first call on the network above what the process had (VmHWM, cleared before).
+of all calls.  Memory is the peak of a call on the network above what the process had (VmHWM, cleared before).
 Residuals are of all contenders' solutions under one product, the Hessian's or the Gauss-Newton matrix's.
 
 torchopt, higher and hypergrad come with the extra `bench`.  betty-ml 0.1.1, the newest for Python 3.11, has metadata
@@ -11,6 +11,7 @@ that pip refuses from 24.1 on: an older pip installs it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import re
 import subprocess
@@ -101,7 +102,10 @@ def memory(name: str) -> float:
 
 
 def peak(function: Callable[[], object]) -> float:
-    """MiB above what the process had before."""
+    """MiB above what the process had before; freed blocks go back at once, so that they are not counted."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = memory("VmRSS")
     function()
@@ -139,7 +143,7 @@ def measured(kind: str, name: str, amount: int, weights: Path) -> dict[str, floa
         error = float((contender(p, amount).detach() - exact).norm() / exact.norm())
         return {"error": error, "seconds": seconds(lambda: contender(p, amount), 200)}
     p = network_problem(weights)
-    result = {"MiB": peak(lambda: contender(p, amount)), "seconds": seconds(lambda: contender(p, amount), 2)}
+    result = {"seconds": seconds(lambda: contender(p, amount), 2), "MiB": peak(lambda: contender(p, amount))}
     if kind == "network":
         q = contenders.solution(contender, p, amount)
         result |= {each: residual(p, q, each) for each in bilevel.CURVATURES}
@@ -174,17 +178,10 @@ def row(head: str, name: str, values: dict[str, Any], missing: str | None) -> di
     }
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "network.pt"
-        torch.manual_seed(0)
-        network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
-        data = load_dataset("mnist5k", validation=1000)
-        torch.save(fit(network, data, Gaussian(SIGMA), epochs=4).state_dict(), weights)
-        names = list(contenders.IMPLICIT)
-        ridge = contest("ridge", names, RIDGE_PRODUCTS, weights)
-        large = contest("network", names, PRODUCTS, weights)
-        unrolled = {steps: contest("unrolling", list(contenders.UNROLLING), steps, weights) for steps in STEPS}
+def hypergradients(weights: Path) -> None:
+    names = list(contenders.IMPLICIT)
+    ridge = contest("ridge", names, RIDGE_PRODUCTS, weights)
+    large = contest("network", names, PRODUCTS, weights)
     rows = []
     for name in (*names, *contenders.NOT_INSTALLED):
         small, big = ridge.get(name, {}), large.get(name, {})
@@ -198,10 +195,13 @@ def main() -> None:
         }
         rows.append(row("hypergradients", name, values, small.get("why") or big.get("why")))
     record("bilevel hypergradients", rows)
-    rows = []
-    whole = unrolled[STEPS[-1]]
+
+
+def unrolled_steps(weights: Path) -> None:
+    found = {steps: contest("unrolling", list(contenders.UNROLLING), steps, weights) for steps in STEPS}
+    rows, whole = [], found[STEPS[-1]]
     for name in contenders.UNROLLING:
-        values = {f"{steps} steps: s": each[name].get("seconds") for steps, each in unrolled.items()}
+        values = {f"{steps} steps: s": each[name].get("seconds") for steps, each in found.items()}
         values[f"{STEPS[-1]} steps: MiB"] = whole[name].get("MiB")
         for unit in ("seconds", "MiB"):
             values[f"{unit} / plain torch's"] = whole[name].get(unit, 0) / whole["plain torch"][unit]
@@ -209,12 +209,27 @@ def main() -> None:
     record("bilevel unrolled steps", rows)
 
 
+TABLES = {"hypergradients": hypergradients, "unrolled": unrolled_steps}
+
+
+def main(tables: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "network.pt"
+        torch.manual_seed(0)
+        network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
+        data = load_dataset("mnist5k", validation=1000)
+        torch.save(fit(network, data, Gaussian(SIGMA), epochs=4).state_dict(), weights)
+        for table in tables:
+            TABLES[table](weights)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=4, metavar=("KIND", "NAME", "AMOUNT", "WEIGHTS"), help="of the processes")
+    parser.add_argument("tables", nargs="*", default=list(TABLES), help=f"of {', '.join(TABLES)}")
     options = parser.parse_args()
     if options.one:
         kind, name, amount, weights = options.one
         print(json.dumps(measured(kind, name, int(amount), Path(weights))))
     else:
-        main()
+        main(options.tables)
