@@ -1,6 +1,6 @@
 """Hypergradients beside other libraries': the poisoned network, ridge regression, unrolled steps, memory, bfloat16.
 
-Each contender runs in processes of its own, with one thread, twice and in turn; seconds are the processor's, the least
+Each contender runs in processes of its own, with one thread, in turn; seconds are the processor's, the least
 of all calls.  Memory is the peak of a call on the network above what the process had (VmHWM, cleared before).
 Residuals are of all contenders' solutions under one product, the Hessian's or the Gauss-Newton matrix's.
 
@@ -11,8 +11,8 @@ that pip refuses from 24.1 on: an older pip installs it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
@@ -102,10 +102,7 @@ def memory(name: str) -> float:
 
 
 def peak(function: Callable[[], object]) -> float:
-    """MiB above what the process had before; freed blocks go back at once, so that they are not counted."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-    libc.malloc_trim(0)
+    """MiB above what the process had before."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = memory("VmRSS")
     function()
@@ -143,7 +140,11 @@ def measured(kind: str, name: str, amount: int, weights: Path) -> dict[str, floa
         error = float((contender(p, amount).detach() - exact).norm() / exact.norm())
         return {"error": error, "seconds": seconds(lambda: contender(p, amount), 200)}
     p = network_problem(weights)
-    result = {"seconds": seconds(lambda: contender(p, amount), 2), "MiB": peak(lambda: contender(p, amount))}
+    if kind == "memory":
+        contender(p, 2)  # the pages of code, and what stays
+        return {"MiB": peak(lambda: contender(p, amount))}
+    result = {} if kind == "network" else {"MiB": peak(lambda: contender(p, amount))}
+    result["seconds"] = seconds(lambda: contender(p, amount), 2)
     if kind == "network":
         q = contenders.solution(contender, p, amount)
         result |= {each: residual(p, q, each) for each in bilevel.CURVATURES}
@@ -153,10 +154,13 @@ def measured(kind: str, name: str, amount: int, weights: Path) -> dict[str, floa
 def contest(kind: str, names: list[str], amount: int, weights: Path, rounds: int = 2) -> dict[str, dict[str, Any]]:
     """Every contender in every round; the least of its seconds and memory, or why it did not run."""
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    # for memory alone, which it slows down: freed blocks go back at once, and are not counted
+    freed = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **(freed if kind == "memory" else {})}
     for _ in range(rounds):
         for name in names:
             command = [sys.executable, "-m", "benchmarks.bench_bilevel", "--one", kind, name, str(amount), str(weights)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
             if done.returncode:
                 found[name] = {"why": done.stderr.strip().splitlines()[-1]}
                 continue
@@ -180,8 +184,9 @@ def row(head: str, name: str, values: dict[str, Any], missing: str | None) -> di
 
 def hypergradients(weights: Path) -> None:
     names = list(contenders.IMPLICIT)
-    ridge = contest("ridge", names, RIDGE_PRODUCTS, weights)
-    large = contest("network", names, PRODUCTS, weights)
+    ridge = contest("ridge", names, RIDGE_PRODUCTS, weights, rounds=1)
+    large = contest("network", names, PRODUCTS, weights, rounds=1)
+    peaks = contest("memory", names, PRODUCTS, weights)
     rows = []
     for name in (*names, *contenders.NOT_INSTALLED):
         small, big = ridge.get(name, {}), large.get(name, {})
@@ -189,7 +194,7 @@ def hypergradients(weights: Path) -> None:
             f"ridge, {RIDGE_PRODUCTS} products: error": small.get("error"),
             "ridge: ms": 1e3 * small.get("seconds", 0),
             f"network, {PRODUCTS} products: s": big.get("seconds"),
-            "network: MiB": big.get("MiB"),
+            "network: MiB": peaks.get(name, {}).get("MiB"),
             "residual, Hessian": big.get("hessian"),
             "residual, Gauss-Newton": big.get("gauss-newton"),
         }
