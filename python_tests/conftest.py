@@ -121,10 +121,11 @@ def _lattice_out(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 def _votes() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         logits = torch.randn(500, 7, generator=generator).round().to(dtype)  # rounded: many ties
-        logits[::50, 3] = torch.nan
-        logits[::70] = -torch.inf
+        logits[::50, 3], logits[::70], logits[::90, 2], logits[::11, 6] = torch.nan, -torch.inf, torch.inf, -torch.inf
+        if dtype == torch.float64:
+            logits[1::2] += torch.rand(250, 7, generator=generator, dtype=dtype) * 1e-12  # ties in float32
         index = torch.randint(0, 4, (500,), generator=generator)
         cases.append(((torch.ones(4, 7, dtype=torch.int64), logits, index), {}))
     cases.append(

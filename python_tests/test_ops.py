@@ -241,6 +241,23 @@ def test_compiles_without_a_break():
         assert torch.equal(ours, theirs) and int(ours.sum()) == 12
 
 
+def test_rows_without_a_finite_largest_logit_do_not_vote():
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor(
+        [[1, inf, 2], [-inf] * 3, [inf] * 3, [nan, 1, inf], [0, nan, 1], [-inf, 3, -inf], [3.4e38, 0, 0]]
+    )
+    counts = torch.zeros(1, 3, dtype=torch.int64)
+    assert ops.add_votes_(counts, logits, torch.zeros(7, dtype=torch.int64)).tolist() == [5]
+    assert counts.tolist() == [[1, 1, 0]]
+
+
+def test_float64_logits_are_compared_in_float64():
+    logits = torch.tensor([[1.0, 1 + 2.0**-50, 1.0], [2.0**-1060, 0.0, 2.0**-1059]], dtype=torch.float64)
+    counts = torch.zeros(1, 3, dtype=torch.int64)
+    ops.add_votes_(counts, logits, torch.zeros(2, dtype=torch.int64))
+    assert counts.tolist() == [[0, 1, 1]] and logits.float().argmax(1).tolist() == [0, 0]
+
+
 def test_votes_split_over_calls_and_threads():
     logits, index = torch.randn(40_000, 10), torch.randint(0, 50, (40_000,))
     whole, parts = torch.zeros(50, 10, dtype=torch.int64), torch.zeros(50, 10, dtype=torch.int64)
@@ -271,6 +288,9 @@ BAD = {
     "counts": lambda x: ops.add_votes_(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)),
     "logits": lambda x: ops.add_votes_(
         torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+    ),
+    "float64 .M, 3., not torch.complex64": lambda x: ops.add_votes_(
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3).to(torch.complex64), torch.zeros(4, dtype=torch.int64)
     ),
     "image_index must be int64": lambda x: ops.add_votes_(
         torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64)
