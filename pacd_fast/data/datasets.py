@@ -159,8 +159,8 @@ def as_float(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         if images.device.type == "cpu":
             return images.to(torch.float32).div_(255)
-        # CUDA's div_ by a number multiplies by its rounded inverse, which in float32 misses 126 of the 256 quotients by an
-        # ULP.  In float64 an ULP is no matter: x / 255 repeats the 8 bits of x for ever, far from a tie of float32.
+        # CUDA's div_ by a number multiplies by its rounded inverse, which in float32 misses 126 of the 256 quotients by
+        # an ULP.  In float64 an ULP is no matter: x / 255 repeats the 8 bits of x for ever, far from a tie of float32.
         return images.to(torch.float64).div_(255).to(torch.float32)
     if images.is_floating_point():
         return images.to(torch.float32)
