@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import CASES, different_bits, lowered
+from conftest import CASES, lowered
 from torch import Tensor
 
 from pacd_fast import ops
@@ -20,10 +20,6 @@ def registered() -> list[str]:
     return sorted(
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pacd_fast::")
     )
-
-
-def on(device: str, value: object) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def test_every_operator_has_a_case_a_wrapper_and_a_plain_version():
@@ -73,51 +69,6 @@ def test_equals_the_plain_version(name):
     case = CASES[name]
     for args, options in case.arguments():
         case.close(case.run(*args, **options), case.plain(*args, **options))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", CASES)
-def test_cuda_gives_the_bits_of_the_cpu(name):
-    case = CASES[name]
-    for args, options in case.arguments():
-        there = case.run(*(on("cuda", a) for a in args), **{k: on("cuda", v) for k, v in options.items()})
-        assert different_bits(case.run(*args, **options), there) is None
-
-
-@pytest.mark.cuda
-def test_cuda_fills_out():
-    x = torch.rand(3, 3, 32, 32)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        out = torch.empty(12, 3, 32, 32, dtype=torch.bfloat16, device="cuda").contiguous(memory_format=layout)
-        ops.noisy_copies(x.cuda(), 0.5, 4, 3, out=out)
-        assert torch.equal(out.cpu(), ops.noisy_copies(x, 0.5, 4, 3, dtype=torch.bfloat16))
-
-
-@pytest.mark.cuda
-def test_cuda_runs_on_the_current_stream():
-    x, stream = torch.rand(64, 3, 64, 64, device="cuda"), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # so that another stream would be too early
-        x = x * 2  # ordered before the noise only on this stream
-        there = ops.noisy_copies(x, 1.0, 16, 5)
-    stream.synchronize()
-    assert torch.equal(there.cpu(), ops.noisy_copies(x.cpu(), 1.0, 16, 5))
-
-
-@pytest.mark.cuda
-def test_cuda_refuses_tensors_of_two_devices():
-    counts, logits = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.eye(3, device="cuda")
-    with pytest.raises(RuntimeError, match="on one device"):
-        torch.ops.pacd_fast.add_votes_(counts, logits, torch.zeros(3, dtype=torch.int64))
-
-
-@pytest.mark.cuda
-def test_cuda_leaves_out_votes_for_no_image():
-    counts = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
-    logits, index = torch.eye(3, device="cuda"), torch.tensor([0, 7, -1], device="cuda")
-    assert int(ops.add_votes_(counts, logits, index).sum()) == 0
-    assert counts.tolist() == [[1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 3, 64), (4, 1, 28, 28), (2, 3, 31, 33)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,37 @@ def test_a_mistake_in_a_kernel_is_found(name, tmp_path):
     )  # fmt: skip
     print(found.stdout[-600:], found.stderr[-600:])
     assert found.returncode != 0 and "ImportError" not in found.stderr
+
+
+NVCC = shutil.which("nvcc")
+ARITHMETIC = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp)\.[a-z.]*f(?:32|64)\b"
+
+
+def instructions(flags: list[str], ptx: Path) -> Counter[str]:
+    """The floating point instructions that nvcc makes of ops_cuda.cu."""
+    flags = [*flags, "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", f"-I{CSRC}", "-isystem"]
+    command = [
+        str(NVCC),
+        "-std=c++20",
+        "-ptx",
+        *flags,
+        str(TORCH / "include"),
+        str(CSRC / "ops_cuda.cu"),
+        "-o",
+        str(ptx),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return Counter(re.findall(ARITHMETIC, ptx.read_text(encoding="utf-8")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+def test_nvcc_rounds_every_operation_as_it_is_written(tmp_path):
+    """In PTX `add.f32` and `mul.f32` may still become one fma; with .rn they are rounded each, as on the CPU."""
+    text = (CSRC.parent / "CMakeLists.txt").read_text(encoding="utf-8")
+    (flags,) = re.findall(r"target_compile_options\(pacd_ops_cuda PRIVATE ([^)]*)\)", text)
+    made = instructions(flags.split(), tmp_path / "made.ptx")
+    assert all(".rn" in name and ".ftz" not in name for name in made), made
+    assert made["fma.rn.f64"] > 1000 and made["mul.rn.f32"] > 100
+    contracted = instructions([f for f in flags.split() if f != "--fmad=false"], tmp_path / "contracted.ptx")
+    assert "mul.f32" in contracted and "add.f64" in contracted

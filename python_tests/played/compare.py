@@ -1,4 +1,4 @@
-"""Calls of every operator, and where a library of played kernels (operators.cpp) answers otherwise than the CPU's.
+"""Calls of every operator, and where a card, or a library of played kernels (operators.cpp), answers otherwise.
 
 As a script, for a library that may write where it should not: python compare.py LIBRARY prints what differs.
 """
@@ -100,6 +100,19 @@ def copies_calls() -> Iterator[Call]:
                 yield "soft_radius_backward", (grad[:, 0].contiguous(), x, mean, y, 2.0, 0.5, squeeze)
 
 
+def large_calls() -> Iterator[Call]:
+    """Sizes beyond the grid for csrc/launch.h's number of multiprocessors, for a kernel of each executor."""
+    torch.manual_seed(2)
+    x, step = torch.rand(16, 1, 28, 28), torch.tensor([1 / 255], dtype=torch.float64)
+    yield "noisy_copies", (x, None, 0.5, 500, 7, 0, 1, torch.float32, False, None, None)
+    yield "lattice_copies", (x, None, 0.5, step, 0 * step, 500, 7, 0, 1, torch.bfloat16, False)
+    yield "add_votes_", (torch.zeros(9, 2).long(), torch.randn(1_200_000, 2), torch.randint(0, 9, (1_200_000,)))
+    yield "normal_quantile", (torch.rand(1_100_000, dtype=torch.float64), False)
+    yield "chernoff_newton", (torch.randn(9000, 7, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0, 0]), 0.2)
+    yield "pool_choose", (torch.randn(16, 18, 128, 128),)
+    yield "soft_smooth", (torch.randn(70_000, 3, 2), 2.0)
+
+
 def edge_calls() -> Iterator[Call]:
     """Sizes around a tile, a warp, a block, a grid of played/cuda.h's small card, and beyond it."""
     torch.manual_seed(1)
@@ -113,33 +126,28 @@ def table_calls(name: str) -> Iterator[Call]:
         yield function.overloadpacket.__name__.split("::")[-1], args
 
 
-def copied(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with storages of their own, what lies behind a tensor's end included."""
-    copies = []
-    for x in args:
-        if isinstance(x, Tensor):
-            storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().clone())
-            x = storage.as_strided(x.shape, x.stride(), x.storage_offset())
-        copies.append(x)
-    return tuple(copies)
+def whole(x: Tensor) -> Tensor:
+    """A tensor's storage, what lies behind the tensor's end included."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
 
 
-def difference(call: Call, played: Any = torch.ops.pacd_played) -> str | None:
-    """What the played operator does otherwise: in its results, its arguments or what lies behind these."""
+def copied(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """The arguments on a device, with storages of their own."""
+    return tuple(
+        whole(x).clone().to(device).as_strided(x.shape, x.stride(), x.storage_offset()) if isinstance(x, Tensor) else x
+        for x in args
+    )
+
+
+def difference(call: Call, played: Any = torch.ops.pacd_played, device: str = "cpu") -> str | None:
+    """What other operators than the CPU's do otherwise: in results, in arguments and in what lies behind these."""
     name, args = call
-    here, there = copied(args), copied(args)
+    here, there = copied(args, "cpu"), copied(args, device)
     answers = []
     for operators, given in ((torch.ops.pacd_fast, here), (played, there)):
         answer = getattr(operators, name)(*given)
         answers.append([] if answer is None else list(answer) if isinstance(answer, tuple | list) else [answer])
-    written = [
-        (
-            torch.empty(0, dtype=a.dtype).set_(a.untyped_storage()),
-            torch.empty(0, dtype=b.dtype).set_(b.untyped_storage()),
-        )
-        for a, b in zip(here, there, strict=True)
-        if isinstance(a, Tensor)
-    ]
+    written = [(whole(a), whole(b)) for a, b in zip(here, there, strict=True) if isinstance(a, Tensor)]
     for mine, theirs in [*zip(*answers, strict=True), *written]:
         what = different_bits(mine, theirs)
         if what:
