@@ -157,6 +157,114 @@ def test_a_file_may_not_choose_code_to_run(tmp_path):
     assert load_checkpoint(path, arch=TINY).num_classes == 3
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "model.module.", "anything."])
+def test_prefixes_are_removed_and_named(tmp_path, prefix):
+    model = scrambled(build("resnet20", **CIFAR))
+    torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / "m.pt")
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch="resnet20", **CIFAR)
+    assert same(model, checkpoint.model) and checkpoint.notes == (f"the prefix {prefix!r} was removed",)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net"])
+def test_keys_of_training_scripts(tmp_path, key):
+    model = scrambled(build("mnist-cnn", **MNIST))
+    torch.save({key: model.state_dict(), "epoch": 3}, tmp_path / "m.pt")
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
+    assert same(model, checkpoint.model) and checkpoint.notes == (f"the weights lie under {key!r}",)
+
+
+def test_counters_that_old_files_do_not_have(tmp_path):
+    model = scrambled(build("resnet20", **CIFAR))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "m.pt")
+    checkpoint = load_checkpoint(tmp_path / "m.pt", arch="resnet20", **CIFAR)
+    assert same(model, checkpoint.model) and "num_batches_tracked" in checkpoint.notes[0]
+    del state["bn1.running_mean"]  # which is no counter
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"it lacks bn1\.running_mean"):
+        load_checkpoint(tmp_path / "m.pt", arch="resnet20", **CIFAR)
+
+
+class Scaled(nn.Module):
+    """A user's normalisation, with a constant of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor([2.0]))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def behind_scaling() -> nn.Module:
+    """It takes no num_classes."""
+    return nn.Sequential(Scaled(), build("mnist-cnn", **MNIST))
+
+
+def test_a_users_wrapper_takes_the_weights_of_the_bare_network(tmp_path):
+    bare, wrapped = scrambled(build("mnist-cnn", **MNIST)), f"{__name__}:behind_scaling"
+    whole = behind_scaling()
+    whole[1].load_state_dict(bare.state_dict())
+    whole[0].factor.fill_(3)
+    torch.save(bare.state_dict(), tmp_path / "bare.pt")
+    torch.save({f"module.{k}": v for k, v in whole.state_dict().items()}, tmp_path / "whole.pt")
+    x = torch.rand(2, 1, 28, 28)
+    found = load_checkpoint(tmp_path / "bare.pt", arch=wrapped, num_classes=10).model
+    torch.testing.assert_close(found(x), bare.eval()(2 * x))
+    found = load_checkpoint(tmp_path / "whole.pt", arch=wrapped, num_classes=10).model
+    torch.testing.assert_close(found(x), bare(3 * x))
+    torch.save({"0.factor": torch.ones(1)}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"it lacks 1\.conv1\.bias"):
+        load_checkpoint(tmp_path / "part.pt", arch=wrapped, num_classes=10)
+
+
+BIAS = "conv1.bias"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("int64", lambda t: t.long()),
+        ("int8", lambda t: t.to(torch.int8)),
+        ("bool", lambda t: t > 0),
+        ("complex64", lambda t: t.to(torch.complex64)),
+        ("quantised", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+        ("sparse", lambda t: t.to_sparse()),
+        ("without values", lambda t: t.to("meta")),
+    ],
+)
+def test_weights_of_another_kind_are_not_cast(tmp_path, kind, change):
+    state = build("mnist-cnn", **MNIST).state_dict()
+    torch.save({**state, BIAS: change(state[BIAS])}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=f"conv1.bias is {kind} there") as caught:
+        load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_floats_are_taken(tmp_path):
+    state = build("mnist-cnn", **MNIST).state_dict()
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        torch.save({**state, BIAS: state[BIAS].to(dtype)}, tmp_path / "m.pt")
+        found = load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST).model.conv1.bias
+        assert torch.equal(found, state[BIAS].to(dtype).float())
+
+
+@pytest.mark.parametrize("change", [{"num_classes": "999999999"}, {"image_size": "999999999x999999999"}])
+def test_metadata_that_ask_for_all_memory(tmp_path, change):
+    save_file(build("mnist-cnn", **MNIST).state_dict(), tmp_path / "m", {**METADATA, **change})
+    with pytest.raises(ValueError, match="does not fit mnist-cnn|mnist-cnn cannot have"):
+        load_checkpoint(tmp_path / "m")
+
+
+def test_loading_leaves_the_generator_alone(tmp_path):
+    torch.save(build("mnist-cnn", **MNIST).state_dict(), tmp_path / "m.pt")
+    torch.save(tiny(3).state_dict(), tmp_path / "t.pt")
+    before = torch.get_rng_state()
+    load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
+    load_checkpoint(tmp_path / "t.pt", arch=TINY, num_classes=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class _Bomb:
     def __reduce__(self):
         return Path.touch, (Path(_Bomb.target),)
@@ -166,9 +274,9 @@ def test_pickled_code_is_not_executed(tmp_path):
     _Bomb.target = str(tmp_path / "executed")
     for content in (_Bomb(), {"state_dict": {"a": _Bomb()}}):
         torch.save(content, tmp_path / "m.pt")
-        with pytest.raises(ValueError, match="not a checkpoint of tensors") as caught:
+        with pytest.raises(ValueError, match="it holds a .*, and making one could run code") as caught:
             load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", **MNIST)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -188,14 +296,25 @@ def bytes_of(content: object) -> bytes:
         (bytes_of(build("mnist-cnn", **MNIST).state_dict())[:-2000], "not a checkpoint of tensors"),
         (bytes_of({}), "holds no tensors"),
         (bytes_of([torch.ones(2)]), "holds list, not a state_dict"),
-        (bytes_of({"net": {"conv1.weight": torch.ones(2)}}), "'net' is dict, not a tensor"),
-        (bytes_of({"conv1.weight": torch.ones(2)}), "it lacks conv1.bias and 6 more"),
+        (bytes_of({"other": {"conv1.weight": torch.ones(2)}}), "'other' is dict, not a tensor"),
+        (bytes_of({"conv1.weight": torch.ones(2)}), "it lacks conv1.bias, conv2.bias, conv2.weight and 4 more"),
         (bytes_of({**build("mnist-cnn", **MNIST).state_dict(), "x": torch.ones(2)}), "it has unexpected x"),
         (
             bytes_of(build("mnist-cnn", **{**MNIST, "image_size": (32, 32)}).state_dict()),
             "fc1.weight is [500, 1250] there and [500, 800] here",
         ),
-        (bytes_of({"0.scale": torch.ones(1), "1.conv1.weight": torch.ones(1)}), "unexpected 0.scale"),
+        (
+            bytes_of(
+                {"0.scale": torch.ones(1), **{f"1.{k}": v for k, v in build("mnist-cnn", **MNIST).state_dict().items()}}
+            ),
+            "unexpected 0.scale",
+        ),
+        (bytes_of({"\x1b[31mred\n": torch.ones(1)}), "and has unexpected red; "),
+        (bytes_of(build("resnet20", **CIFAR).state_dict()), "those of resnet20: give --model resnet20"),
+        (
+            bytes_of({"arch": "cifar_resnet110", "state_dict": build("mnist-cnn", **MNIST).state_dict()}),
+            "its architecture is resnet110, and mnist-cnn was asked for",
+        ),
     ],
 )
 def test_bad_files(tmp_path, content, message):
@@ -211,13 +330,14 @@ def test_what_is_missing_is_asked_for(tmp_path):
     path = tmp_path / "m.pt"
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(ValueError, match="not a file"):
+    with pytest.raises(ValueError, match="is a folder, not a checkpoint"):
         load_checkpoint(tmp_path)
     torch.save(build("mnist-cnn", **MNIST).state_dict(), path)
     with pytest.raises(ValueError, match="does not say which network it holds"):
         load_checkpoint(path, **MNIST)
     with pytest.raises(ValueError, match="does not say how many classes"):
-        load_checkpoint(path, arch="mnist-cnn")
+        load_checkpoint(path, arch=TINY)
+    assert load_checkpoint(path, arch="mnist-cnn", in_channels=1, image_size=(28, 28)).num_classes == 10  # as the file
     with pytest.raises(ValueError, match="needs the number of channels"):
         load_checkpoint(path, arch="mnist-cnn", num_classes=10)
 

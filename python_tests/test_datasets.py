@@ -93,7 +93,7 @@ def test_floats_and_bytes_give_the_same_images(tmp_path):
     assert torch.equal(as_float(as_bytes.x_test), as_floats.x_test)
     assert torch.equal(as_float(as_floats.x_test), as_floats.x_test)
     assert as_bytes.fingerprint != as_floats.fingerprint
-    with pytest.raises(ValueError, match="uint8 or floating"):
+    with pytest.raises(ValueError, match="uint8 .* or floating, not torch.int64"):
         as_float(torch.ones(2, dtype=torch.int64))
 
 
@@ -134,6 +134,29 @@ def test_validation_is_the_end_of_the_training_set(tmp_path):
             load_dataset(path, validation=count)
 
 
+def test_what_is_held_out_of_a_set_in_memory_is_what_loading_holds_out(tmp_path):
+    path = write(tmp_path / "a.npz", **arrays(train=10))
+    again = load_dataset(path).held_out(3).held_out(4, 5)
+    wanted = load_dataset(path, validation=4, train_images=5)
+    for split in ("train", "val", "test"):
+        assert all(torch.equal(a, b) for a, b in zip(again.split(split), wanted.split(split), strict=True))
+
+
+def test_test_images_alone(tmp_path):
+    content = arrays()
+    alone = {key: content[key] for key in ("x_test", "y_test")}
+    data = load_dataset(write(tmp_path / "cifar10.npz", **alone))
+    assert torch.equal(data.split("test")[0][:, 0], torch.from_numpy(content["x_test"]))
+    assert (len(data.x_train), data.num_classes, data.in_channels, data.image_size) == (0, 10, 1, (8, 9))
+    assert load_dataset(write(tmp_path / "a.npz", **alone)).class_names == ("0", "1", "2")
+    assert load_dataset(write(tmp_path / "a.npz", **{**alone, "y_test": np.zeros(4, int)})).num_classes == 2
+    assert data.fingerprint != load_dataset(write(tmp_path / "a.npz", **content)).fingerprint
+    with pytest.raises(ValueError, match="has no training images: it is a set of test images alone"):
+        data.split("train")
+    with pytest.raises(ValueError, match="cannot hold out 5 of the 0 training images"):
+        data.held_out(5)
+
+
 def test_fingerprint_sees_one_pixel_and_one_label(tmp_path):
     content = arrays()
     prints = [load_dataset(write(tmp_path / "a.npz", **content)).fingerprint]
@@ -169,7 +192,10 @@ def poked(value, dtype=np.float32):
         ({"y_train": np.arange(6) % 3 * 1.0}, "must be 6 integers, got float64"),
         ({"y_train": np.arange(5) % 3}, "must be 6 integers, got int64 of shape (5,)"),
         ({"y_train": np.zeros(6, int), "y_test": np.zeros(4, int)}, "all labels are 0"),
-        ({"y_test": np.array([object()] * 4)}, "not a readable .npz of plain arrays"),
+        (
+            {"y_test": np.array([object()] * 4)},
+            "not a readable .npz file of plain arrays (y_test holds object, not numbers)",
+        ),
     ],
 )
 def test_npz_refuses(tmp_path, change, message):
@@ -211,6 +237,9 @@ def test_unreadable_npz(tmp_path):
         load_dataset(str(path))
     write(path, x_train=np.zeros((2, 8, 8)), y_train=np.zeros(2, int))
     with pytest.raises(ValueError, match="lacks x_test, y_test"):
+        load_dataset(str(path))
+    write(path, x_test=np.zeros((2, 8, 8)))
+    with pytest.raises(ValueError, match="lacks x_train, y_train, y_test"):
         load_dataset(str(path))
     assert load_dataset(whole).num_classes == 3
 

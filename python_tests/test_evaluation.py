@@ -53,20 +53,27 @@ def test_train_several_seeds_then_evaluate(tmp_path, capsys, monkeypatch):
     ]
     assert load_checkpoint("v-1.safetensors").metadata["loss"] == "Gaussian(sigma=0.3, k=1)"
     both = ["evaluate", "--checkpoint", "v-0.safetensors", "v-1.safetensors", "--data", data]
-    attack = ["--count", "4", "--copies", "4", "--iterations", "3"]
+    assert main(both) == 0  # the first question first: no sigma, no noise, no attack
+    first, second, head, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("v-0.safetensors: accuracy ") and first.endswith("% on 200 test images")
+    assert second.startswith("v-1.safetensors: accuracy ") and head.split() == ["class", "images", "accuracy"]
+    assert len(lines) == 11 and "±" in lines[0]
+    attack = ["--attack", "4", "--copies", "4", "--iterations", "3", "--noise-copies", "5"]
     assert main([*both, *attack, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["all"]["images"] == 200 and found["all"]["attacked"] == 4 and len(found["all"]["distortion"]) == 2
     assert found["3"]["images"] == 20 and all(0 <= value <= 1 for value in found["3"]["noisy"])
     assert main([*both, *attack, "--target-class", "3"]) == 0
     text = capsys.readouterr().out
-    assert "±" in text and len(text.strip().splitlines()) == 3
+    assert "±" in text and len(text.strip().splitlines()) == 5 and "under noise" in text and "l2 distortion" in text
     for wrong in (
         ["--copies", "-1"],
         ["--copies", "0"],
         ["--target-class", "77"],
         ["--sigma", "-1"],
         ["--iterations", "0"],
+        ["--attack", "-1"],
+        ["--noise-copies", "-1"],
     ):
         assert main([*both, *attack, *wrong]) == 2
 
@@ -114,10 +121,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         return measure(*arguments, **options)
 
     monkeypatch.setattr(evaluate_command, "evaluate", interrupted)
-    both = ["evaluate", "--checkpoint", "v-0.safetensors", "v-1.safetensors", "--data", data, "--count", "2"]
+    both = ["evaluate", "--checkpoint", "v-0.safetensors", "v-1.safetensors", "--data", data, "--attack", "2"]
     assert main([*both, "--iterations", "2", "--copies", "2"]) == 130
     said = capsys.readouterr()
-    assert said.out.startswith("class") and "the figures are those of v-0.safetensors" in said.err
+    assert "\nclass" in said.out and "the figures are those of v-0.safetensors" in said.err
     assert said.err.rstrip().endswith("pacd-fast evaluate: stopped")
 
     def stopped(*arguments, **options):

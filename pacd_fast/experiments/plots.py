@@ -12,6 +12,7 @@ import numpy as np
 
 from pacd_fast.certification import Results, largest_radius, summarize
 from pacd_fast.data import as_float
+from pacd_fast.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +44,12 @@ def _figure(out_path: str | os.PathLike[str], size: tuple[float, float]) -> Figu
     return figure
 
 
+def _save(figure: Figure, out_path: str | os.PathLike[str], dpi: int) -> None:
+    """Puts the picture into its file, whole or not at all."""
+    with replaced(out_path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=Path(out_path).suffix[1:].lower())
+
+
 def certified_accuracy(
     results: Mapping[str, Results], out_path: str | os.PathLike[str], title: str | None = None
 ) -> None:
@@ -72,7 +79,7 @@ def certified_accuracy(
     _draw_curves(curves, results, styles)
     if title is not None:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(out_path, dpi=200)
+    _save(figure, out_path, 200)
 
 
 def flip_curves(
@@ -130,7 +137,7 @@ def flip_curves(
     )
     if title is not None:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(out_path, dpi=200)
+    _save(figure, out_path, 200)
 
 
 def poison(
@@ -169,7 +176,7 @@ def poison(
         line[0].set_ylabel(name, fontsize=8)
     label = f"{poison.attack}: {len(poison.index)} images, {poison.ball.norm} epsilon {poison.ball.epsilon:.3g}"
     figure.suptitle(label if title is None else title, fontsize=10)
-    figure.savefig(out_path, dpi=150)
+    _save(figure, out_path, 150)
 
 
 def bars(
@@ -207,7 +214,7 @@ def bars(
         axes.legend(fontsize=8, frameon=False, ncols=min(len(kinds), 2), loc="lower left", bbox_to_anchor=(0, 1.0))
     if title is not None:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(out_path, dpi=200)
+    _save(figure, out_path, 200)
 
 
 def _flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndarray]:
@@ -301,4 +308,4 @@ def panels(given: Sequence[Panel], out_path: str | os.PathLike[str], columns: in
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=6, frameon=True, framealpha=0.9, edgecolor="none")
-    figure.savefig(out_path, dpi=200)
+    _save(figure, out_path, 200)

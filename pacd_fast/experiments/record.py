@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pacd_fast.files import replaced
+from pacd_fast.files import read_json, replaced
 
 
 def machine(device: str = "cpu") -> str:
@@ -36,7 +36,7 @@ def _natural(text: str) -> list[str | float]:
 def write_table(path: str | Path, table: str, rows: Sequence[dict[str, Any]], device: str = "cpu") -> None:
     """Puts a whole table into a results file; the other tables stay as they are."""
     path = Path(path)
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = read_json(path, "results file of benchmarks") if path.exists() else {}
     content[table] = {
         "machine": machine(device),
         "torch": torch.__version__,
@@ -62,7 +62,7 @@ def add_row(
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = read_json(path, "results file of benchmarks") if path.exists() else {}
         rows = content.get(table, {}).get("rows", [])
         before = [other for other in rows if all(other.get(name) == row[name] for name in key)]
         if most is not None and any(other[most] > row[most] for other in before):

@@ -1,9 +1,10 @@
 """Classifiers: the papers' networks, layers that are quick on a CPU, and classifiers as files.
 
-Imports `files` and `ops`.
+Imports `arguments`, `files`, `randomness` and `ops`.
 """
 
 from pacd_fast.networks.checkpoints import Checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from pacd_fast.networks.folding import fold_batch_norm
 from pacd_fast.networks.layers import conv2d, convolution
 from pacd_fast.networks.models import (
     BUILT_IN,
@@ -31,6 +32,7 @@ __all__ = [
     "conv2d",
     "convolution",
     "fingerprint",
+    "fold_batch_norm",
     "load_checkpoint",
     "save_checkpoint",
 ]

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pacd_fast.files import replaced
+from pacd_fast.arguments import number, one_line, writable
+from pacd_fast.files import reason, replaced
 from pacd_fast.networks.models import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, behind_normalize, build
+from pacd_fast.networks.weights import Fitted, Stored, check_tensors, fitted, read_weights
+from pacd_fast.randomness import seeded
 
 _LOCUSLAB_NAMES = {"cifar_resnet20": "resnet20", "cifar_resnet110": "resnet110"}
-
-# What torch.load raises on bytes that are no checkpoint: found by feeding it damaged and random files.
-_UNREADABLE = (
-    pickle.UnpicklingError, EOFError, LookupError, ValueError, RuntimeError, AssertionError,
-    TypeError, AttributeError, ArithmeticError, struct.error,
-)  # fmt: skip
 
 _T = TypeVar("_T")
 
@@ -36,7 +30,8 @@ class Checkpoint:
     """A classifier read from a file: the model in eval mode on the CPU, and what the file says about it.
 
     sigma: the noise it was trained with; data: what it was trained on; both None where the file does not say.
-    fingerprint: see `fingerprint`. metadata: everything else the file says, as strings.
+    fingerprint: see `fingerprint`. metadata: everything else the file says, as strings. notes: what had to be done to
+    make the file fit, such as a prefix that was removed.
     """
 
     model: nn.Module
@@ -48,6 +43,7 @@ class Checkpoint:
     data: str | None
     metadata: dict[str, str]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -67,20 +63,14 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, metadata: Ma
     its mean and std are buffers of the model.
     Raises ValueError for missing metadata, FileNotFoundError where the folder does not exist.
     """
-    path = Path(path)
+    path = writable(path)
     missing = {"architecture", "num_classes", "in_channels", "image_size"} - metadata.keys()
     if missing:
         raise ValueError(f"a checkpoint's metadata needs {', '.join(sorted(missing))}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
     # Copies, because safetensors refuses tensors that share memory (tied weights).
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    with replaced(path) as temporary, open(temporary, "wb") as file:
-        file.write(safetensors.torch.save(state, dict(metadata)))
-        file.flush()
-        os.fsync(file.fileno())
+    with replaced(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(state, dict(metadata)))
 
 
 def load_checkpoint(
@@ -96,60 +86,55 @@ def load_checkpoint(
     """Read a classifier: our safetensors, a state_dict, or locuslab/smoothing's {"arch", "state_dict"}.
 
     What the file does not say has to be given: a plain state_dict says nothing, locuslab's CIFAR checkpoints say all.
-    What it does say must agree with what is given. Prefixes of DataParallel and torch.compile are removed, with or
-    without a normalisation layer in front; mean and std are for files that have such a layer, or none, but no numbers.
+    What it does say must agree with what is given.  The state_dict may lie under "state_dict", "model_state_dict",
+    "model" or "net"; prefixes of wrappers (module., _orig_mod., model., net. and the like) are removed; the counters of
+    batch norm, which old files do not have, are set to 0.  `notes` says what was done.
+
+    A network behind a normalisation loads from files with or without that layer: mean and std are for files that have
+    no numbers for it, or no such layer.  A user's own network may be such a wrapper as well, with constants of its own:
+    the weights of the bare network then go into it.
 
     Reading never executes code: torch.load runs with weights_only=True, and a file that names a user's own network
-    (package.module:function) loads only where arch is given as well.
+    (package.module:function) loads only where arch is given as well.  torch's generator stays as it is.
 
-    Raises FileNotFoundError where there is no file, ValueError (one line, with what to do) for everything else.
+    Raises FileNotFoundError where there is no file, ValueError (one line, with what to do) for everything else: weights
+    of another kind than the network's (whole numbers, complex, quantised, sparse, without values) among it.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if not path.is_file() or path.stat().st_size == 0:
-        raise ValueError(f"{path}: the checkpoint is {'empty' if path.is_file() else 'not a file'}")
-    state, metadata, locuslab_name = _read(path)
-
-    arch = _LOCUSLAB_NAMES.get(arch, arch) if arch else None
-    stored_arch = metadata.get("architecture")
-    if arch is None and stored_arch is not None and ":" in stored_arch:
-        raise ValueError(
-            f"{path}: it holds the network {stored_arch}, code that a file may not choose to run; "
-            f"allow it with arch={stored_arch!r} (command line: --model {stored_arch})"
-        )
-    arch = _agreed(path, "architecture", arch, stored_arch)
-    if arch is None and locuslab_name is not None:
-        if locuslab_name not in _LOCUSLAB_NAMES:
-            raise ValueError(
-                f"{path}: it holds the network {locuslab_name!r}, which is not built in; give arch (command line: "
-                "--model) as package.module:function, with mean and std"
-            )
-        arch = _LOCUSLAB_NAMES[locuslab_name]
-    if arch is None:
-        raise ValueError(
-            f"{path}: it does not say which network it holds; give arch (command line: --model): "
-            f"{', '.join(BUILT_IN)} or package.module:function"
-        )
+    stored = read_weights(path)
+    metadata = stored.metadata
+    arch = _architecture(path, arch, stored)
     num_classes = _agreed(path, "num_classes", num_classes, _integer(path, metadata, "num_classes"))
     in_channels = _agreed(path, "in_channels", in_channels, _integer(path, metadata, "in_channels"))
     image_size = _agreed(path, "image_size", image_size, _size(path, metadata))
-    if locuslab_name in _LOCUSLAB_NAMES:
+    locuslab = stored.arch in _LOCUSLAB_NAMES
+    if locuslab:
         num_classes, in_channels, image_size = num_classes or 10, in_channels or 3, image_size or (32, 32)
+    if arch in BUILT_IN and num_classes is None:
+        bias = fitted(path, stored.state, _empty(path, arch, 2, in_channels, image_size), arch).weights[_last(arch)]
+        num_classes = len(bias) if bias.dim() == 1 else None
     if num_classes is None:
-        raise ValueError(f"{path}: it does not say how many classes it has; give num_classes")
-
-    network = build(arch, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    weights, normalised, stored_mean_std = _unwrap(path, state, network)
-    if stored_mean_std is not None:
+        raise ValueError(
+            f"{path}: it does not say how many classes it has; give num_classes (command line: --num-classes)"
+        )
+    network = _empty(path, arch, num_classes, in_channels, image_size)
+    found = _found(path, stored, network, arch)
+    if found.mean_std is not None:
         if mean is not None or std is not None:
             raise ValueError(f"{path}: it holds its own normalisation; leave mean and std out")
-        mean, std = stored_mean_std
-    elif normalised and mean is None and std is None:
-        if locuslab_name not in _LOCUSLAB_NAMES:
+        mean, std = found.mean_std
+    elif found.normalised and mean is None and std is None:
+        if not locuslab:
             raise ValueError(f"{path}: its normalisation layer holds no numbers; give its mean and std")
         mean, std = CIFAR10_MEAN, CIFAR10_STD
-    _load_weights(path, network, weights, arch)
+    part = network.get_submodule(found.place)
+    check_tensors(path, found.weights, part, arch)
+    if arch in BUILT_IN:
+        part.to_empty(device="cpu")
+    try:
+        part.load_state_dict(found.weights)
+    except (RuntimeError, NotImplementedError) as error:  # numbers that torch cannot convert
+        raise ValueError(f"{path}: does not fit {arch}: {reason(error)}") from error
     model = behind_normalize(network, in_channels, mean, std).eval()
     return Checkpoint(
         model=model,
@@ -161,100 +146,89 @@ def load_checkpoint(
         data=metadata.get("data"),
         metadata=metadata,
         fingerprint=fingerprint(model),
+        notes=(*stored.notes, *found.notes),
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
-    """The tensors of a file, its metadata and, for locuslab's files, the name that stands under "arch"."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # A safetensors file is the length of a JSON object in 8 bytes, then that object.
-    if start[8:] == b"{":
-        try:
-            with safetensors.safe_open(path, framework="pt", device="cpu") as tensors:
-                names = tensors.keys()
-                return {name: tensors.get_tensor(name) for name in names}, dict(tensors.metadata() or {}), None
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+def _architecture(path: Path, given: str | None, stored: Stored) -> str:
+    """The network's name, as `build` takes it: what is given and what the file says must agree."""
+    given = _LOCUSLAB_NAMES.get(given, given) if given else None
+    named = stored.metadata.get("architecture")
+    if given is None and named is not None and ":" in named:
         raise ValueError(
-            f"{path}: not a checkpoint of tensors ({_first_line(error)}); "
-            "save one with torch.save(model.state_dict(), ...) or as safetensors"
-        ) from error
-    locuslab_name = None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        locuslab_name = content["arch"] if isinstance(content.get("arch"), str) else None
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: holds {'no tensors' if content == {} else type(content).__name__}, not a state_dict")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: not a state_dict: {name!r} is {type(tensor).__name__}, not a tensor")
-    return dict(content), {}, locuslab_name
-
-
-def _unwrap(
-    path: Path, state: dict[str, Tensor], network: nn.Module
-) -> tuple[dict[str, Tensor], bool, tuple[list[float], list[float]] | None]:
-    """The network's own tensors, whether a normalisation layer stands before it, and that layer's mean and std.
-
-    Which prefixes belong to wrappers is decided by the names that the network itself expects, never guessed.
-    """
-    expected = network.state_dict().keys()
-    if state.keys() == expected:
-        return state, False, None
-    wrapper = re.compile(r"^(?:(?:module|_orig_mod)\.)*([01]\.)?(?:(?:module|_orig_mod)\.)*")
-    bare = {wrapper.sub(r"\1", name): tensor for name, tensor in state.items()}
-    inner = {name[2:]: tensor for name, tensor in bare.items() if name.startswith("1.")}
-    before = {name[2:]: tensor for name, tensor in bare.items() if name.startswith("0.")}
-    if bare.keys() == expected or len(inner) + len(before) < len(bare):
-        return bare, False, None
-    if not before:
-        return inner, True, None
-    if before.keys() != {"mean", "std"} or any(t.dim() != 1 or not t.is_floating_point() for t in before.values()):
-        raise ValueError(f"{path}: does not fit the network, nor Normalize before it: unexpected {_some(before, '0.')}")
-    return inner, True, (before["mean"].tolist(), before["std"].tolist())
-
-
-def _load_weights(path: Path, network: nn.Module, weights: dict[str, Tensor], arch: str) -> None:
-    expected = network.state_dict()
-    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    if missing or unexpected:
-        difference = " and ".join(
-            f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unexpected", unexpected)) if names
+            f"{path}: it holds the network {named}, code that a file may not choose to run; "
+            f"allow it with arch={named!r} (command line: --model {named})"
         )
-        raise ValueError(f"{path}: does not fit {arch}: it {difference}; give the network that was saved")
-    for name, tensor in expected.items():
-        there, here = list(weights[name].shape), list(tensor.shape)
-        if there != here:
+    if stored.arch is not None and (given is None or ":" not in given):  # a user's network may be anybody's
+        named = _LOCUSLAB_NAMES.get(stored.arch, stored.arch)
+        if given is None and named not in BUILT_IN:
             raise ValueError(
-                f"{path}: does not fit {arch}: {name} is {there} there and {here} here; "
-                "check the network, num_classes, in_channels and image_size"
+                f"{path}: it holds the network {one_line(stored.arch, 60)!r}, which is not built in; give arch "
+                "(command line: --model) as package.module:function, with mean and std"
             )
-    network.load_state_dict(weights)
+    arch = _agreed(path, "architecture", given, named)
+    if arch is None:
+        raise ValueError(
+            f"{path}: it does not say which network it holds; give arch (command line: --model): "
+            f"{', '.join(BUILT_IN)} or package.module:function"
+        )
+    return arch
+
+
+def _empty(
+    path: Path, arch: str, num_classes: int, in_channels: int | None, image_size: tuple[int, int] | None
+) -> nn.Module:
+    """The network; a built-in one without memory for its weights, for a file may ask for any size."""
+    if arch not in BUILT_IN:
+        with seeded(torch.device("cpu"), 0):
+            return build(arch, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    try:
+        with torch.device("meta"):
+            return build(arch, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: {arch} cannot have {num_classes} classes, {in_channels} channels and images of size {image_size}"
+        ) from error
+
+
+def _found(path: Path, stored: Stored, network: nn.Module, arch: str) -> Fitted:
+    """The tensors under the network's names; where they are another built-in network's, the error says which."""
+    try:
+        return fitted(path, stored.state, network, arch)
+    except ValueError as error:
+        for other in BUILT_IN:
+            try:
+                fitted(path, stored.state, _empty(path, other, 2, 3, (32, 32)), other)
+            except ValueError:
+                continue
+            raise ValueError(f"{error}; its names are those of {other}: give --model {other}") from error
+        raise ValueError(f"{error}; give the network that was saved") from error
+
+
+def _last(arch: str) -> str:
+    """The bias of the logits of a built-in network."""
+    return "fc2.bias" if arch == "mnist-cnn" else "fc.bias"
 
 
 def _agreed(path: Path, what: str, given: _T | None, stored: _T | None) -> _T | None:
     if given is not None and stored is not None and given != stored:
-        raise ValueError(f"{path}: its {what} is {stored}, and {given} was asked for")
+        raise ValueError(f"{path}: its {what} is {one_line(stored, 60)}, and {given} was asked for")
     return stored if given is None else given
 
 
 def _integer(path: Path, metadata: Mapping[str, str], key: str) -> int | None:
     text = metadata.get(key)
     if text is not None and not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError(f"{path}: its metadata has {key} {text!r}, not a number")
+        raise ValueError(f"{path}: its metadata has {key} {one_line(text, 40)!r}, not a number")
     return None if text is None else int(text)
 
 
 def _number(path: Path, metadata: Mapping[str, str], key: str) -> float | None:
     text = metadata.get(key)
     try:
-        return None if text is None else float(text)
+        return None if text is None else number(text)
     except ValueError as error:
-        raise ValueError(f"{path}: its metadata has {key} {text!r}, not a number") from error
+        raise ValueError(f"{path}: its metadata has {key} {one_line(text, 40)!r}, not a number") from error
 
 
 def _size(path: Path, metadata: Mapping[str, str]) -> tuple[int, int] | None:
@@ -263,15 +237,5 @@ def _size(path: Path, metadata: Mapping[str, str]) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
-        raise ValueError(f"{path}: its metadata has image_size {text!r}, not of the form 28x28")
+        raise ValueError(f"{path}: its metadata has image_size {one_line(text, 40)!r}, not of the form 28x28")
     return int(match[1]), int(match[2])
-
-
-def _some(names: Any, prefix: str = "") -> str:
-    first, *rest = sorted(names)
-    return f"{prefix}{first}" + (f" and {len(rest)} more" if rest else "")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacd_fast.files import reason
 from pacd_fast.networks import layers
 
 BUILT_IN = ("mnist-cnn", "convnet", "resnet20", "resnet56", "resnet110")
@@ -103,12 +105,13 @@ class ConvNet(nn.Module):
         return logits
 
 
-def _convolved(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _convolved(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(convolution(x)); in eval mode, where norm is affine, as one convolution with scaled filters.
 
-    The same function up to rounding, with the same derivatives.  Batch norm in eval mode was a fifth of a pass.
+    The same function up to rounding, with the same derivatives.  Batch norm in eval mode was a fifth of a pass.  A norm
+    that was folded already is nn.Identity.
     """
-    if norm.training:
+    if norm.training or not isinstance(norm, nn.BatchNorm2d):
         result: Tensor = norm(layers.convolution(convolution, x))
         return result
     assert norm.running_mean is not None and norm.running_var is not None
@@ -118,7 +121,7 @@ def _convolved(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tenso
     return layers.conv2d(x, filters, shift.to(filters.dtype), convolution.stride, convolution.padding)
 
 
-class _ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, added to their input: ``relu(x' + bn2(conv2(relu(bn1(conv1(x))))))``.
 
     x' is x, or a strided 1x1 convolution of it where the shape changes.
@@ -135,6 +138,11 @@ class _ResidualBlock(nn.Module):
             if stride == 1 and inputs == outputs
             else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         )
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of convolutions and the batch norms that follow them."""
+        pairs = [("conv1", "bn1"), ("conv2", "bn2")]
+        return pairs if isinstance(self.downsample, nn.Identity) else [*pairs, ("downsample.0", "downsample.1")]
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(_convolved(self.conv1, self.bn1, x), inplace=True)
@@ -163,8 +171,8 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
 
         def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-            first = _ResidualBlock(inputs, outputs, stride)
-            return nn.Sequential(first, *(_ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+            first = ResidualBlock(inputs, outputs, stride)
+            return nn.Sequential(first, *(ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
         self.layer1 = stage(16, 16, 1)
         self.layer2 = stage(16, 32, 2)
@@ -173,6 +181,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of convolutions and the batch norms that follow them, those of the blocks aside."""
+        return [("conv1", "bn1")]
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(_convolved(self.conv1, self.bn1, x), inplace=True)
@@ -193,7 +205,8 @@ def build(
     """A freshly initialised classifier: images [B, in_channels, *image_size] in [0, 1] -> logits [B, num_classes].
 
     name: one of BUILT_IN, or ``package.module:function`` for a network of the user's own; the function (or class) is
-    called with the keyword num_classes and returns an nn.Module. That imports and runs the user's code.
+    called with the keyword num_classes where it takes it, else without arguments, and returns an nn.Module. That
+    imports and runs the user's code.
     in_channels, image_size (H, W): needed for a built-in network, unused for a user's.
     mean, std: with both given the result is ``nn.Sequential(Normalize(mean, std), network)``, else the bare network.
 
@@ -239,14 +252,38 @@ def _user_network(name: str, num_classes: int) -> nn.Module:
         raise ValueError(
             f"model {name}: cannot import {module_name} ({error}); add its folder to PYTHONPATH"
         ) from error
+    except Exception as error:
+        raise ValueError(f"model {name}: {module_name} cannot be imported: {_failure(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"model {name}: {module_name} has no function {function_name}")
     try:
-        inspect.signature(function).bind(num_classes=num_classes)
+        network = function(**_keywords(function, num_classes))
     except TypeError as error:
-        raise ValueError(f"model {name}: it must be callable as {function_name}(num_classes=...): {error}") from error
-    network = function(num_classes=num_classes)
+        raise ValueError(
+            f"model {name}: it must be callable as {function_name}(num_classes=...) or {function_name}(): "
+            f"{_failure(error)}"
+        ) from error
+    except Exception as error:
+        raise ValueError(f"model {name}: {function_name} failed: {_failure(error)}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"model {name}: it returned {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def _keywords(function: Callable[..., object], num_classes: int) -> dict[str, int]:
+    """num_classes, unless the function does not take it."""
+    try:
+        inspect.signature(function).bind(num_classes=num_classes)
+    except TypeError:
+        return {}
+    except ValueError:  # it does not say what it takes
+        pass
+    return {"num_classes": num_classes}
+
+
+def _failure(error: BaseException) -> str:
+    """What a user's code raised, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return reason(error) + where

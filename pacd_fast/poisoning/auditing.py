@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pacd_fast.certification import Results, Selection, certify_dataset, exactly, pooled, read_results, summarize
-from pacd_fast.data import Dataset, as_float, random_subset
-from pacd_fast.files import replaced
+from pacd_fast.data import Dataset, random_subset
+from pacd_fast.files import read_json, replaced
 from pacd_fast.networks import load_checkpoint
 from pacd_fast.poisoning.poison import Poison
 from pacd_fast.tables import mean_and_deviation
@@ -165,7 +165,7 @@ def _evaluated(
         measured = [
             evaluate(
                 load_checkpoint(victim, arch=settings.training.model).model.to(device),
-                as_float(images),
+                images,
                 labels,
                 sigma=settings.sigma,
                 attacked=attacked,
@@ -176,8 +176,10 @@ def _evaluated(
         ]
         with replaced(kept) as temporary:
             temporary.write_text(json.dumps(evaluation_dict(measured, data.class_names), indent=2), encoding="utf-8")
-    evaluated: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))["all"]
-    return evaluated
+    evaluated = read_json(kept, "file of figures")
+    if not isinstance(evaluated, dict) or not {"natural", "distortion"} <= set(evaluated.get("all", ())):
+        raise ValueError(f"{kept} is not a file of figures; delete it to measure again")
+    return dict(evaluated["all"])
 
 
 def pooled_certificates(names: list[str], settings: Audit, work: str | Path) -> Iterator[tuple[str, Results]]:

@@ -295,13 +295,13 @@ class _Crafting:
         state = files.read(path, self._described(), "crafting", self.device)
         if state is None:
             return
-        with torch.no_grad():
+        with files.taken_up(path), torch.no_grad():
             self.u.copy_(state["u"])
-        self.adam.load_state_dict(state["adam"])
-        self.history = [Step(**step) for step in state["history"]]
-        for each in state["surrogates"]:
-            surrogate = self.fresh(each["number"], each["generation"])
-            surrogate.epoch = each["epoch"]
-            surrogate.model.load_state_dict(each["model"])
-            surrogate.optimizer.load_state_dict(each["optimizer"])
-            self.surrogates.append(surrogate)
+            self.adam.load_state_dict(state["adam"])
+            self.history = [Step(**step) for step in state["history"]]
+            for each in state["surrogates"]:
+                surrogate = self.fresh(each["number"], each["generation"])
+                surrogate.epoch = each["epoch"]
+                surrogate.model.load_state_dict(each["model"])
+                surrogate.optimizer.load_state_dict(each["optimizer"])
+                self.surrogates.append(surrogate)

@@ -206,9 +206,14 @@ class _Crafting:
         content = files.read(path, described, "crafting", self.device)
         if content is None:
             return
-        for name in (*self.NUMBERS, *self.TENSORS, "q"):
-            setattr(self, name, content[name])
-        files.restore(path, self.network, content["network"], self.optimizer, content["optimizer"])
+        with files.taken_up(path):
+            for name in self.NUMBERS:
+                setattr(self, name, type(getattr(self, name))(content[name]))
+            for name in self.TENSORS:
+                getattr(self, name).copy_(content[name])
+            self.q = content["q"]
+            weights, moments = content["network"], content["optimizer"]
+        files.restore(path, self.network, weights, self.optimizer, moments)
 
     def run(
         self,
@@ -243,9 +248,8 @@ class _Crafting:
                     )  # fmt: skip
                     if metrics is not None:
                         residual = line["residual"] if math.isfinite(line["residual"]) else None  # JSON has no inf
-                        with open(metrics, "a", encoding="utf-8") as file:
-                            content = {**line, "residual": residual, "seconds": round(self.seconds, 3)}
-                            file.write(json.dumps(content) + "\n")
+                        content = {**line, "residual": residual, "seconds": round(self.seconds, 3)}
+                        files.append_line(metrics, json.dumps(content))
                     if path is not None and time.monotonic() - saved > 30 and self.step < steps:
                         self.save(path, described)
                         saved = time.monotonic()

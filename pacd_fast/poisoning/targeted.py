@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pacd_fast import ops
 from pacd_fast.arguments import at_least, writable
 from pacd_fast.data import Dataset, as_float
+from pacd_fast.files import append_line, read_text
 from pacd_fast.poisoning.baselines import noise_beside, watermark_beside
 from pacd_fast.poisoning.metapoison_settings import margin
 from pacd_fast.poisoning.poison import Poison
@@ -177,8 +178,7 @@ def judge_victims(
         victim = Victim(number, logits, accuracy, points if curve else None)
         found.append(victim)
         if path is not None:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"run": run, **dataclasses.asdict(victim)}) + "\n")
+            append_line(path, json.dumps({"run": run, **dataclasses.asdict(victim)}))
         if partial is not None:
             partial.unlink(missing_ok=True)
     return found
@@ -200,10 +200,8 @@ def _read(path: Path, run: dict[str, Any]) -> dict[int, Victim]:
     """The victims in a file that are of this run; a torn last line is cut off."""
     if not writable(path).exists():
         return {}
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "file of victims", 2**30)
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
     found = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
@@ -213,6 +211,10 @@ def _read(path: Path, run: dict[str, Any]) -> dict[int, Victim]:
                 found[victim.seed] = victim
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not a line about a victim; choose another file") from error
+    if whole != text:
+        if not whole and not text.startswith('{"run": '[: len(text)]):
+            raise ValueError(f"{path} is not a file of victims; choose another file")
+        os.truncate(path, len(whole.encode()))
     return found
 
 

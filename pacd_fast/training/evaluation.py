@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pacd_fast import _C, ops
-from pacd_fast.arguments import at_least, positive
-from pacd_fast.data import as_float
+from pacd_fast.arguments import at_least, positive, whole
+from pacd_fast.data import Dataset, as_float, labelled
 from pacd_fast.randomness import Stream
 from pacd_fast.tables import aligned, mean_and_deviation
-from pacd_fast.training.losses import SmoothAdv, layout
+from pacd_fast.training.losses import SmoothAdv, eval_mode, frozen, layout
 
 RADII = tuple(10.0 ** (exponent / 10) for exponent in range(-20, 11))  # 0.01 to 10, ten per factor of ten
 ROWS = 512  # rows a pass through the network
@@ -30,23 +30,62 @@ ROWS = 512  # rows a pass through the network
 class Evaluation:
     """One model's figures.
 
-    labels: int64 [N]; natural: bool [N], right without noise; noisy: float64 [N], share of noisy copies that are right;
-    attacked: int64 [M], the images that were attacked; distortion: float64 [M], see `distortions`.
+    labels: int64 [N]; natural: bool [N], right without noise; noisy: float64 [N], share of noisy copies that are right,
+    None where it was not asked for; attacked: int64 [M], the images that were attacked; distortion: float64 [M], see
+    `distortions`.
     """
 
     labels: Tensor
     natural: Tensor
-    noisy: Tensor
+    noisy: Tensor | None
     attacked: Tensor
     distortion: Tensor
 
 
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 @torch.no_grad()
-def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which images [N, ...] (uint8 or float) the model gets right as they are: bool [N], on the CPU."""
-    device = next(model.parameters()).device
-    parts = [model(as_float(part).to(device)).argmax(1).cpu() for part in images.split(ROWS)]
-    return torch.cat(parts) == labels.cpu()
+def check_classifier(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Two images through the model: it must take them, give logits, and have a class for every label.
+
+    Raises ValueError, one line that says what does not fit.
+    """
+    few = as_float(images[:2]).to(_device(model))
+    with eval_mode(model):
+        try:
+            logits = model(few)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, IndexError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"the model does not take images {tuple(images.shape[1:])}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(few):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits [B, classes], not {found} for {len(few)} images")
+    if not logits.is_floating_point():
+        raise ValueError(f"the model's logits must be floating, not {logits.dtype}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, and are in [{low}, {high}]")
+
+
+@torch.no_grad()
+def correct(model: nn.Module, images: Tensor, labels: Tensor, progress: bool = False) -> Tensor:
+    """Which images [N, ...] (uint8 or float) the model gets right as they are: bool [N], on the CPU.
+
+    Raises ValueError for a model that returns NaN.
+    """
+    device, votes = _device(model), []
+    parts = images.split(ROWS)
+    for number, part in enumerate(tqdm(parts, desc="accuracy", unit="batch", disable=not progress or len(parts) < 2)):
+        logits = model(as_float(part).to(device))
+        if bool((lost := logits.isnan().any(1)).any()):
+            raise ValueError(f"the model returned NaN for image {number * ROWS + int(lost.nonzero()[0])}")
+        votes.append(logits.argmax(1).cpu())
+    return torch.cat(votes) == labels.cpu()
 
 
 @torch.no_grad()
@@ -54,7 +93,7 @@ def _correct_under_noise(
     model: nn.Module, images: Tensor, labels: Tensor, sigma: float, copies: int, seed: int, progress: bool
 ) -> Tensor:
     """Share of `copies` noisy copies that the model gets right: float64 [N], on the CPU."""
-    device, shares = next(model.parameters()).device, []
+    device, shares = _device(model), []
     parts = torch.arange(len(images)).split(max(1, ROWS // copies))
     for part in tqdm(parts, desc="under noise", unit="batch", disable=not progress):
         x, y = as_float(images[part]).to(device), labels[part].to(device)
@@ -90,16 +129,11 @@ def distortions(
     Args:
         model: in eval mode, on the device to use; images: float [N, ...] in [0, 1]; labels: int64 [N].
     """
-    device = next(model.parameters()).device
+    device = _device(model)
     if device.type == "cpu":
         _C.keep_freed_memory()
-    were = [p.requires_grad for p in model.parameters()]
-    model.requires_grad_(False)
     found = torch.full((len(images),), RADII[-1], dtype=torch.float64)
-    if len(images) == 0:
-        return found
-    bar = tqdm(total=len(images), desc="distortion", unit="image", disable=not progress)
-    try:
+    with frozen(model), tqdm(total=len(images), desc="distortion", unit="image", disable=not progress) as bar:
         for part in torch.arange(len(images)).split(max(1, ROWS // copies)):
             x, y = images[part].to(device), labels[part].to(device)
             attack = _Attack(model, sigma, copies, iterations, seed)
@@ -117,10 +151,6 @@ def distortions(
                 smallest[open_] = torch.minimum(smallest[open_], norm)
             found[part] = smallest.clamp(max=RADII[-1]).double().cpu()
             bar.update(len(part))
-    finally:
-        bar.close()
-        for parameter, flag in zip(model.parameters(), were, strict=True):
-            parameter.requires_grad_(flag)
     return found
 
 
@@ -162,48 +192,84 @@ class _Attack:
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any = None,
     *,
-    sigma: float,
-    attacked: Tensor | None,
+    sigma: float | None = None,
+    noise_copies: int = 0,
+    attacked: Tensor | None = None,
     copies: int = 20,
     iterations: int = 100,
     seed: int = 0,
     progress: bool = False,
+    after_clean: Callable[[Tensor], object] | None = None,
 ) -> Evaluation:
-    """All figures of one model: images float [N, ...], labels int64 [N]; attacked: int64 [M], which of them, or None.
+    """The figures of one model: the accuracy, and where asked for that under noise and what an attack needs.
 
-    Accuracy under noise is of 100 noisy copies an image.  Raises ValueError for numbers out of range.
+    Args:
+        model: a module, on the device to use; it is evaluated in eval mode.
+        images, labels: uint8 (divided by 255) or float [N, ...], and whole numbers [N], tensors or NumPy arrays; or a
+            DataLoader or a Dataset (its test split) alone.
+        sigma: the noise's standard deviation, for what follows.
+        noise_copies: noisy copies of an image for the accuracy under noise, 0 for none.
+        attacked: int64 [M], the images to attack, by index; None for none.  copies, iterations: see `distortions`.
+        after_clean: called with which images are right, bool [N], before anything else is measured.
+
+    Raises ValueError for numbers out of range, and a model that does not fit the images.
     """
-    positive("sigma", sigma)
+    images, labels = _given(images, labels)
+    attacked = torch.zeros(0, dtype=torch.int64) if attacked is None else attacked
+    noise_copies = whole("noise_copies", noise_copies)
+    at_least("noise_copies", noise_copies, 0)
     at_least("copies", copies, 1)
     at_least("iterations", iterations, 1)
+    if noise_copies or len(attacked):
+        if sigma is None:
+            raise ValueError("accuracy under noise and the attack need sigma")
+        positive("sigma", sigma)
+    if len(attacked):
+        check_pixels(images)
+    check_classifier(model, images, labels)
+    model.to(memory_format=torch.channels_last)
+    noisy, distortion = None, torch.zeros(0, dtype=torch.float64)
+    with eval_mode(model):
+        natural = correct(model, images, labels, progress)
+        if after_clean is not None:
+            after_clean(natural)
+        if noise_copies and sigma is not None:
+            noisy = _correct_under_noise(model, images, labels, sigma, noise_copies, seed, progress)
+        if len(attacked) and sigma is not None:
+            distortion = distortions(
+                model, as_float(images[attacked]), labels[attacked],
+                sigma=sigma, copies=copies, iterations=iterations, seed=seed, progress=progress,
+            )  # fmt: skip
+    return Evaluation(labels, natural, noisy, attacked, distortion)
+
+
+def _given(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    if labels is None and isinstance(images, Dataset):
+        return images.split("test")
+    images, labels = labelled(images if labels is None else (images, labels))
     if len(images) == 0:
         raise ValueError("there are no images to measure on")
-    model = model.eval().to(memory_format=torch.channels_last)
-    attacked = torch.zeros(0, dtype=torch.int64) if attacked is None else attacked
-    return Evaluation(
-        labels=labels,
-        natural=correct(model, images, labels),
-        noisy=_correct_under_noise(model, images, labels, sigma, 100, seed, progress),
-        attacked=attacked,
-        distortion=distortions(
-            model,
-            images[attacked],
-            labels[attacked],
-            sigma=sigma,
-            copies=copies,
-            iterations=iterations,
-            seed=seed,
-            progress=progress,
-        ),
-    )
+    return images, labels
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raises ValueError for float images that are not in [0, 1]."""
+    if images.is_floating_point() and not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise ValueError(
+            f"float images must be in [0, 1], not in [{float(images.min()):g}, {float(images.max()):g}]; "
+            "a normalisation belongs into the model: networks.Normalize as its first layer"
+        )
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one class, or all: one number per model; natural and noisy accuracy, mean distortion (NaN for no image)."""
+    """Of one class, or all: one number per model; natural and noisy accuracy, mean distortion (NaN for no image).
+
+    noisy is empty where it was not measured.
+    """
 
     images: int
     attacked: int
@@ -224,7 +290,7 @@ def figures(measured: Sequence[Evaluation], classes: int) -> dict[int | None, Fi
             images=int(mask.sum()),
             attacked=int(hit.sum()),
             natural=[float(m.natural[mask].double().mean()) for m in measured],
-            noisy=[float(m.noisy[mask].mean()) for m in measured],
+            noisy=[float(m.noisy[mask].mean()) for m in measured if m.noisy is not None],
             distortion=[float(m.distortion[hit].mean()) for m in measured],
         )
     return result
@@ -242,17 +308,16 @@ def evaluation_dict(measured: Sequence[Evaluation], class_names: Sequence[str]) 
 
 
 def evaluation_table(measured: Sequence[Evaluation], class_names: Sequence[str]) -> str:
-    """`figures` as text: mean and standard deviation over models."""
-    lines = [["class", "images", "accuracy", "under noise", "attacked", "l2 distortion"]]
+    """`figures` as text: mean and standard deviation over models; a column for what was measured."""
+    under_noise = any(each.noisy is not None for each in measured)
+    attacked = any(len(each.attacked) for each in measured)
+    lines = [["class", "images", "accuracy", *["under noise"] * under_noise, *["attacked", "l2 distortion"] * attacked]]
     for which, each in figures(measured, len(class_names)).items():
-        lines.append(
-            [
-                "all" if which is None else class_names[which],
-                str(each.images),
-                mean_and_deviation(each.natural, ".2%"),
-                mean_and_deviation(each.noisy, ".2%"),
-                str(each.attacked),
-                mean_and_deviation(each.distortion, ".3f") if each.attacked else "-",
-            ]
-        )
+        line = ["all" if which is None else class_names[which], str(each.images)]
+        line.append(mean_and_deviation(each.natural, ".2%"))
+        if under_noise:
+            line.append(mean_and_deviation(each.noisy, ".2%"))
+        if attacked:
+            line += [str(each.attacked), mean_and_deviation(each.distortion, ".3f") if each.attacked else "-"]
+        lines.append(line)
     return aligned(lines)

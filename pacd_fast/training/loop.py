@@ -21,16 +21,17 @@ from tqdm import tqdm
 
 from pacd_fast import _C, files
 from pacd_fast.arguments import at_least, not_negative, positive
-from pacd_fast.data import Dataset, as_float
+from pacd_fast.data import Dataset, as_float, labelled
 from pacd_fast.randomness import Purpose, mix, seeded
-from pacd_fast.training.losses import Loss, eval_mode
+from pacd_fast.training.evaluation import check_classifier, check_pixels
+from pacd_fast.training.losses import Loss
 
 OPTIMIZERS = ("adam", "momentum", "sgd")
 
 
 def fit(
     model: nn.Module,
-    data: Dataset | tuple[Tensor, Tensor],
+    data: Any,
     loss: Loss,
     *,
     epochs: int = 100,
@@ -53,7 +54,8 @@ def fit(
 
     Args:
         model: on the device to train on; its 4-d weights go to channels_last there.
-        data: a Dataset (its training split) or (images [N, C, H, W] uint8 or float in [0, 1], int64 labels [N]).
+        data: a Dataset (its training split), (images [N, C, H, W] uint8 or float in [0, 1], labels [N]) as tensors or
+            NumPy arrays, or a DataLoader, which is read once (see `data.labelled`); uint8 is divided by 255.
         loss: see `Loss`.
         epochs, batch_size, lr, weight_decay: as usual (the papers: 100, 200, 1e-3, 0; the decay is the optimiser's l2
             term); a last batch of fewer than batch_size images is used as it is.
@@ -79,7 +81,7 @@ def fit(
             of more epochs, or a loss or weight that is not finite (it names the step and the seed that reproduce it;
             the last checkpoint, whose weights are finite, stands).
     """
-    images, labels = data.split("train") if isinstance(data, Dataset) else data
+    images, labels = data.split("train") if isinstance(data, Dataset) else labelled(data)
     _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
     for drop in drops:
         at_least("drops", drop, 0)
@@ -93,7 +95,7 @@ def fit(
     device = parameter.device
     if device.type == "cpu":
         _C.keep_freed_memory()
-    _check_classes(model, images, labels, device)
+    check_classifier(model, images, labels)
     model.to(memory_format=torch.channels_last)
     method = _optimizer(optimizer, model, lr, weight_decay)
     described = {
@@ -108,7 +110,7 @@ def fit(
             f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
         )
     if metrics is not None:
-        files.keep_lines(Path(metrics), first)
+        files.keep_lines(metrics, first)
     run = _Run(
         model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs
     )
@@ -124,8 +126,7 @@ def fit(
                 group["lr"] = lr * 0.1 ** sum(epoch >= drop for drop in drops)
             line = run.epoch(epoch, accuracy, bar)
             if metrics is not None:
-                with open(metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                files.append_line(metrics, json.dumps(line))
             if checkpoint is not None:
                 state = {"model": model.state_dict(), "optimizer": method.state_dict(), "epoch": epoch + 1}
                 files.write(Path(checkpoint), described, state)
@@ -288,39 +289,16 @@ def _check(
     dtype: torch.dtype,
     microbatch: int | None,
 ) -> None:
-    if images.dim() < 2 or len(images) == 0 or labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            "data must be images [N, ...] and int64 labels [N], not "
-            f"{tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}"
-        )
+    if len(images) == 0:
+        raise ValueError("there are no images to train on")
     at_least("epochs", epochs, 1)
     at_least("batch_size", batch_size, 1)
     at_least("microbatch", batch_size if microbatch is None else microbatch, 1)
     positive("lr", lr)
     not_negative("weight_decay", weight_decay)
-    if images.is_floating_point() and not (float(images.min()) >= 0 and float(images.max()) <= 1):
-        raise ValueError(f"float images must be in [0, 1], not in [{float(images.min()):g}, {float(images.max()):g}]")
+    check_pixels(images)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
-
-
-@torch.no_grad()
-def _check_classes(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> None:
-    """Two images through the network: it must give logits, and have a class for every label."""
-    with eval_mode(model):
-        try:
-            logits = model(as_float(images[:2]).to(device))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"the model does not take images {tuple(images.shape[1:])}: {reason}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images[:2]):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model must return logits [B, classes], not {found} for {len(images[:2])} images")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"labels must be in [0, {logits.shape[1]}), the model's classes, and are in [{low}, {high}]")
 
 
 def digest(images: Tensor, labels: Tensor) -> str:
@@ -355,5 +333,7 @@ def _resumed(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, des
     state = files.read(path, described, "training", next(model.parameters()).device)
     if state is None:
         return 0
-    files.restore(path, model, state["model"], optimizer, state["optimizer"])
-    return int(state["epoch"])
+    with files.taken_up(path):
+        epoch, weights, moments = int(state["epoch"]), state["model"], state["optimizer"]
+    files.restore(path, model, weights, optimizer, moments)
+    return epoch
