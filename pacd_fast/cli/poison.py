@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from pacd_fast.arguments import number, whole_number, writable
-from pacd_fast.cli.flags import Help, add_data, add_device, add_fields, device_of, given, load_data
+from pacd_fast.arguments import number, whole_number
+from pacd_fast.cli.flags import Help, add_data, add_device, add_fields, add_out, device_of, given, load_data
 from pacd_fast.data import Dataset
 from pacd_fast.experiments import plots
+from pacd_fast.files import claimed, new_file, partial
 from pacd_fast.poisoning import (
     NORMS,
     PRESETS,
@@ -50,7 +51,7 @@ def add_commands(add: Any) -> None:
         else:
             _add_of_class(sub, name)
         add_device(sub)
-        sub.add_argument("--out", required=True, help="poison file to write (.npz); its picture lies beside it (.png)")
+        add_out(sub, "poison file to write (.npz); its picture lies beside it (.png)")
 
 
 def _by_preset(text: str, name: str) -> str:
@@ -127,12 +128,18 @@ def targets_of(numbers: list[int], target_class: int | None, data: Dataset) -> t
 
 
 def run(options: argparse.Namespace) -> None:
-    out = writable(options.out)
+    out = Path(options.out)
     if options.norm == "linf" and options.epsilon is not None and options.epsilon > 1:
         raise ValueError(f"--epsilon is in pixels from 0 to 1, not {options.epsilon:g}: 16/255, say")
     if out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, not {out.name!r}")
-    device = device_of(options.device)
+    resume = getattr(options, "resume", False)
+    new_file(out.with_suffix(".png"), force=options.force or resume)
+    with claimed(out, force=options.force, resume=resume):
+        _craft(options, device_of(options.device), out)
+
+
+def _craft(options: argparse.Namespace, device: torch.device, out: Path) -> None:
     if options.attack == "metapoison":
         _run_metapoison(options, load_data(options), device, out)
         return
@@ -151,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         poison = _bilevel(options, data, preset, target_class, ball, device, out)
     poison.save(out)
-    _partial(out).unlink(missing_ok=True)
+    partial(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")
     plots.poison(poison, data, picture)
     used = poison.distortion(data)
@@ -167,10 +174,6 @@ def run(options: argparse.Namespace) -> None:
             f"{poison.settings['unsolved']} of {poison.settings['outer_steps']} linear systems ended no better than at "
             "0: try another --solver, or more --damping"
         )
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
 
 
 def _bilevel(
@@ -202,7 +205,7 @@ def _bilevel(
         data,
         attack,
         device=device,
-        checkpoint=_partial(out),
+        checkpoint=partial(out),
         resume=options.resume,
         metrics=options.metrics,
         progress=True,
@@ -223,9 +226,9 @@ def _run_metapoison(options: argparse.Namespace, data: Dataset, device: torch.de
         **fields,
     )
     attack.chosen(data)
-    poison = metapoison(data, attack, device=device, checkpoint=_partial(out), resume=options.resume, progress=True)
+    poison = metapoison(data, attack, device=device, checkpoint=partial(out), resume=options.resume, progress=True)
     poison.save(out)
-    _partial(out).unlink(missing_ok=True)
+    partial(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")
     plots.poison(poison, data, picture)
     last = poison.settings["history"][-1]
