@@ -1,4 +1,4 @@
-"""All benchmarks, one after another: python -m benchmarks [name ...]; bench_solvers (half an hour) by its name only."""
+"""All benchmarks in turn: python -m benchmarks [name ...]; bench_solvers, bench_bilevel (half an hour) by name only."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_gauss_newton_products_of_the_lower_problem_are_positive(digits, loss):
     problem, weights = lower_problem(network, loss, x[:20], y, 3, x[20:])
     _, found, *_ = hypergradient(
         lambda u, v: sum((w * torch.linspace(-1, 1, w.numel()).view(w.shape)).sum() for w in v),
-        problem, x[20:], weights, damping=0.05, steps=200, tolerance=1e-4, with_solution=True,
+        problem, x[20:], weights, solver="cg", damping=0.05, steps=200, tolerance=1e-4, with_solution=True,
     )  # fmt: skip
     assert found.residual <= 1e-4  # conjugate gradients stop at negative curvature, and did not
 

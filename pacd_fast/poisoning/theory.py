@@ -193,7 +193,9 @@ def isotropic_attack(
     u, weights = base.clone(), fit(base, torch.zeros(3))
     clean = weights
     for _ in range(steps):
-        gradient = hypergradient(upper, lower, u, weights, solver="cg", curvature="hessian", damping=0.0, steps=10)
+        gradient = hypergradient(
+            upper, lower, u, weights, solver="cg", curvature="hessian", damping=0.0, steps=10, tolerance=1e-3
+        )
         u = torch.clamp(u - 0.3 * epsilon * gradient.sign(), base - epsilon, base + epsilon)
         weights = fit(u, weights)
     distances = [-(test @ w[:2] + w[2]) / w[:2].norm() for w in (clean, weights)]
