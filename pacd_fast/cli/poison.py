@@ -11,7 +11,7 @@ import torch
 
 from pacd_fast.arguments import number, whole_number
 from pacd_fast.cli.flags import Help, add_data, add_device, add_fields, add_out, device_of, given, load_data
-from pacd_fast.data import Dataset
+from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments import plots
 from pacd_fast.files import claimed, new_file, partial
 from pacd_fast.poisoning import (
@@ -22,6 +22,7 @@ from pacd_fast.poisoning import (
     Poison,
     Preset,
     Recipe,
+    choose,
     metapoison,
     pacd,
     random,
@@ -145,8 +146,9 @@ def _craft(options: argparse.Namespace, device: torch.device, out: Path) -> None
         return
     default = {"cifar10": "cifar10", "mnist5k": "mnist-small"}.get(Path(options.data).stem, "mnist")
     preset = PRESETS[options.preset or default]
-    embedded = Path(options.data).stem == "mnist5k"
-    data = load_data(options, 500 if embedded else preset.validation, None if embedded else preset.train_images)
+    data = load_dataset(options.data, data_dir=options.data_dir, download=options.download)
+    validation, kept = preset.sizes(len(data.x_train), options.validation)
+    data = data.held_out(validation, kept if options.train_images is None else options.train_images)
     target_class = data.class_index(options.target_class)
     ball = Ball(preset.epsilon if options.epsilon is None else options.epsilon, options.norm)
     fraction, seed = options.fraction, options.seed
@@ -190,13 +192,20 @@ def _bilevel(
     if options.model is not None:
         chosen["model"] = options.model
     targets = None if options.targets is None else tuple(options.targets)
+    fraction = options.fraction if options.fraction is not None else 0.01 if targets else 1.0
+    poisons = len(choose(data, target_class, fraction, targets, options.seed))
+    there = {"poison_batch": poisons, "clean_batch": len(data.x_train) - poisons}
+    fitting = {name: count for name, count in there.items() if 0 < count < getattr(preset.recipe, name)}
+    recipe = {**fitting, **given(Recipe, options)}
+    if smaller := [f"--{name.replace('_', '-')} {recipe[name]}" for name in fitting]:
+        print(f"few images: {', '.join(smaller)}", file=sys.stderr)
     attack = preset.attack(
         options.loss if options.attack == "pacd" else "standard",
         data.name,
         target_class,
-        recipe=given(Recipe, options),
+        recipe=recipe,
         ball=ball,
-        fraction=options.fraction if options.fraction is not None else 0.01 if targets else 1.0,
+        fraction=fraction,
         targets=targets,
         seed=options.seed,
         **chosen,

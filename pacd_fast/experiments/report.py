@@ -145,6 +145,8 @@ def _split_of(results: Results, data: Dataset | None) -> tuple[torch.Tensor, Seq
 def _audit(path: str | Path) -> list[str]:
     content = read_json(path, "file of an audit")
     try:
+        if not content:
+            raise ValueError("it is empty")
         if "measured" in content:
             found = {name: Audited(**each) for name, each in content["measured"].items()}
             parts = [page.table([{"" if k == "data" else k: v for k, v in row.items()} for row in audit_rows(found)])]
