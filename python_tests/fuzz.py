@@ -1,7 +1,7 @@
 """A seeded fuzzer of what the commands read and write: python python_tests/fuzz.py --inputs 20000 --seed 1
 
 Every input runs in a process of its own, forked from one that has everything imported, with 1 GiB more memory than that
-and 10 seconds.  It must end with 0 or 2, say no more than one line besides notes, run nothing that a file carries, and
+and 10 seconds of a core.  It must end with 0 or 2, say no more than one line besides notes, run nothing that a file carries, and
 leave every file as it was, but for its --out where it ended with 0.
 """
 
@@ -270,7 +270,8 @@ def child(folder: Path, words: list[str], most: int | None) -> None:
         if most is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most,) * 2)
-        signal.alarm(SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS,) * 2)
+        signal.alarm(12 * SECONDS)  # other processes may hold the cores
         status = main(words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 98
@@ -301,7 +302,9 @@ def trial(work: Path, good: Path, number: int, seed: int) -> str | None:
     changed = {name for name in changed if "__pycache__" not in name}
     problem = None
     if code not in (0, 2):
-        problem = f"exit code {code}" + (": too slow" if code == -signal.SIGALRM else "")
+        problem = f"exit code {code}" + (
+            ": too slow" if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL) else ""
+        )
     elif "Traceback" in said or len(lines) > (1 if code else 0):
         problem = f"{len(lines)} lines on stderr"
     elif code == 2 and not lines:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pacd_fast.arguments import at_least, number, whole_number
+from pacd_fast.arguments import at_least, number, readable, whole_number
 from pacd_fast.certification import Results, merge, read_results, summarize, summary_table
 from pacd_fast.cli.flags import add_out
 from pacd_fast.experiments import plots
@@ -47,6 +47,8 @@ def named(files: Sequence[str]) -> dict[str, str]:
     for text in files:
         name, given, path = text.partition("=")
         found.append((name, path) if given and name and not Path(text).exists() else (None, text))
+    for _, path in found:
+        readable(path)
     if len(found) > 1 and len(kept := [each for each in found if not _without_rows(each[1])]) < len(found):
         if not kept:
             raise ValueError(f"there is no certificate in any of {', '.join(path for _, path in found)}")
@@ -110,4 +112,6 @@ def run_plot(options: argparse.Namespace) -> None:
 
 
 def run_merge(options: argparse.Namespace) -> None:
+    for path in options.files:
+        readable(path, "results file")
     print(f"{options.out}: {merge(options.files, options.out)} images")
