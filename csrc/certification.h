@@ -70,7 +70,7 @@ class Certification {
     if (sums[0] != samples_[0] || sums[1] != samples_[1])
       throw std::invalid_argument("votes do not add up to n0 and n");
     const int64_t top = std::max_element(chosen, chosen + classes) - chosen;
-    const double p_lower = clopper_pearson_lower(votes[top], samples_[1], alpha_);
+    const double p_lower = clopper_pearson_bound(votes[top], samples_[1], alpha_, false);
     if (!(p_lower > 0.5)) return {-1, top, p_lower, 0.0};
     const double radius = product_down(sigma_, normal_quantile(p_lower, false));
     return {top, top, p_lower, std::max(radius, 0.0)};
@@ -90,7 +90,7 @@ inline void clopper_pearson_table(int64_t n, double alpha, bool upper, double* b
     constexpr int64_t chunk = 256;
     for (int64_t begin = next.fetch_add(chunk); begin <= n; begin = next.fetch_add(chunk)) {
       for (int64_t k = begin; k <= std::min(n, begin + chunk - 1); ++k)
-        bounds[k] = upper ? clopper_pearson_upper(k, n, alpha) : clopper_pearson_lower(k, n, alpha);
+        bounds[k] = clopper_pearson_bound(k, n, alpha, upper);
     }
   };
   std::vector<std::thread> threads;

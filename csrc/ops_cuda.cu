@@ -137,10 +137,15 @@ struct Cuda {
 #if defined(__CUDACC__)
 STABLE_TORCH_LIBRARY_IMPL(pacd_fast, CUDA, library) { pacd::implement(library, pacd::operators<pacd::Cuda>); }
 
-// What the driver supports and what this library was built with, each as 1000 * major + 10 * minor; 0 without a driver.
-// The Python loader asks: the runtime in this library needs a driver of its own major version or a later one.
-extern "C" void pacd_cuda_versions(int* driver, int* runtime) {
-  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
-  *runtime = CUDART_VERSION;
+// For the Python loader, which refuses a driver that is too old for the runtime in this library: the CUDA version that
+// the driver supports (0 without one), and the runtime's, each as 1000 * major + 10 * minor.
+extern "C" int pacd_cuda_driver() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+extern "C" int pacd_cuda_runtime() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : CUDART_VERSION;
 }
 #endif

@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
     TRAINING = 2
     EVALUATION = 3  # accuracy under noise, and the noise of PGD
     UPPER_LOSS = 4  # PACD's
+    TUNING = 5  # throw-away copies, to time a network
 
 
 FURTHER_DIGITS = 0x8000

@@ -148,6 +148,8 @@ def _binomial() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     alpha = torch.tensor([[0.001], [0.5]], dtype=torch.float64)
     return [
         ((k, 100, 0.001), {}),
+        ((torch.arange(0, 100_001, 499), 100_000, 0.001), {}),
+        ((torch.arange(0, 100_001, 1999), 100_000, 0.999), {}),
         ((k, torch.tensor(101), alpha), {}),
         ((torch.tensor(7), 10, 0.05), {}),
         ((k[:0], 100, 0.001), {}),
@@ -161,7 +163,8 @@ def _bound_close(ours: Tensor, plain: Tensor) -> None:
 
 def _quantile_arguments() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     p = torch.tensor([[0.5, 0.9, 1e-3], [0.0, 1.0, 1e-200]], dtype=torch.float64)
-    return [((p,), {}), ((p.t(),), {"rounding": "up"}), ((p[:0],), {}), ((p[0, 0],), {})]
+    many = torch.rand(500, dtype=torch.float64)
+    return [((p,), {}), ((p.t(),), {"rounding": "up"}), ((p[:0],), {}), ((p[0, 0],), {}), ((many,), {})]
 
 
 def _quantile_close(ours: Tensor, plain: Tensor) -> None:

@@ -39,27 +39,32 @@ def hostile(n: int) -> list[int]:
     return sorted({k for k in (0, 1, 2, n // 1000, n // 3, n // 2, n - n // 50, n - 2, n - 1, n) if 0 <= k <= n})
 
 
-@pytest.mark.parametrize("alpha", [1e-12, 1e-3, 0.05, 0.5])
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 137, 1000, 100_000, 10_000_000])
-def test_clopper_pearson_is_on_the_right_side_and_within_two_ulp(n, alpha):
-    ks = torch.tensor(hostile(n))
-    lower, upper = ops.clopper_pearson_lower(ks, n, alpha).tolist(), ops.clopper_pearson_upper(ks, n, alpha).tolist()
+def assert_right_side_and_within_two_ulp(k: list[int], n: list[int], alpha: list[float]) -> None:
+    arguments = torch.tensor(k), torch.tensor(n), torch.tensor(alpha, dtype=torch.float64)
+    lower, upper = ops.clopper_pearson_lower(*arguments).tolist(), ops.clopper_pearson_upper(*arguments).tolist()
     with mp.workprec(PRECISION):
-        target = mp.log(mp.mpf(alpha))
-        for k, low, high in zip(ks.tolist(), lower, upper, strict=True):
-            if k == 0:
+        for k_, n_, alpha_, low, high in zip(k, n, alpha, lower, upper, strict=True):
+            target, given = mp.log(mp.mpf(alpha_)), (k_, n_, alpha_.hex())
+            if k_ == 0:
                 assert low == 0.0
             else:
                 # P rises with p: at the bound it is at most alpha, two ULP higher it is more.
-                assert exact_log_tail(n, k, mp.mpf(low), 1 - mp.mpf(low)) <= target
+                assert low == 0 or exact_log_tail(n_, k_, mp.mpf(low), 1 - mp.mpf(low)) <= target, given
                 above = mp.mpf(ulps(low, 2))
-                assert above >= 1 or exact_log_tail(n, k, above, 1 - above) > target
-            if k == n:
+                assert above >= 1 or exact_log_tail(n_, k_, above, 1 - above) > target, given
+            if k_ == n_:
                 assert high == 1.0
             else:
-                assert exact_log_tail(n, n - k, 1 - mp.mpf(high), mp.mpf(high)) <= target
+                assert high == 1 or exact_log_tail(n_, n_ - k_, 1 - mp.mpf(high), mp.mpf(high)) <= target, given
                 below = mp.mpf(ulps(high, -2))
-                assert below <= 0 or exact_log_tail(n, n - k, 1 - below, below) > target
+                assert below <= 0 or exact_log_tail(n_, n_ - k_, 1 - below, below) > target, given
+
+
+@pytest.mark.parametrize("alpha", [1e-12, 1e-3, 0.05, 0.5, ulps(0.5, 1), 0.99, 1 - 2**-20])
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 137, 1000, 100_000, 10_000_000])
+def test_clopper_pearson_is_on_the_right_side_and_within_two_ulp(n, alpha):
+    k = hostile(n)
+    assert_right_side_and_within_two_ulp(k, [n] * len(k), [alpha] * len(k))
 
 
 def test_clopper_pearson_on_random_arguments():
@@ -67,13 +72,25 @@ def test_clopper_pearson_on_random_arguments():
     n = np.exp(generator.uniform(0, math.log(50_000), 150)).astype(np.int64)
     k = (n * generator.beta(0.5, 0.5, 150)).round().astype(np.int64).clip(1, n)
     alpha = np.exp(generator.uniform(math.log(1e-100), math.log(0.999), 150))
-    bounds = ops.clopper_pearson_lower(torch.from_numpy(k), torch.from_numpy(n), torch.from_numpy(alpha))
-    with mp.workprec(PRECISION):
-        for n_, k_, alpha_, low in zip(n.tolist(), k.tolist(), alpha.tolist(), bounds.tolist(), strict=True):
-            target = mp.log(mp.mpf(alpha_))
-            assert exact_log_tail(n_, k_, mp.mpf(low), 1 - mp.mpf(low)) <= target
-            above = mp.mpf(ulps(low, 2))
-            assert above >= 1 or exact_log_tail(n_, k_, above, 1 - above) > target
+    assert_right_side_and_within_two_ulp(k.tolist(), n.tolist(), alpha.tolist())
+
+
+def test_clopper_pearson_is_tight_for_the_largest_n_and_levels_near_one():
+    """Where the solver once stopped early (6 ULP loose, or the trivial bound), and at random about there."""
+    cases = [
+        (3, 2147483646, 0.4402071742647281),
+        (2, 2147483645, 1 - 2**-20),
+        (2147483645, 2147483646, 1 - 2**-20),
+        (0, 2**31 - 1, 1 - 2**-20),
+        (2**31 - 1, 2**31 - 1, 1 - 2**-20),
+    ]
+    generator = np.random.default_rng(5)
+    for _ in range(150):
+        n = int(np.exp(generator.uniform(math.log(2), math.log(2**31))))
+        few = min(n, int(np.exp(generator.uniform(0, math.log(60)))) - 1)
+        level = float(generator.choice([generator.uniform(0.3, 0.5), 1 - 2.0 ** -generator.uniform(1, 20)]))
+        cases.append((few if generator.random() < 0.5 else n - few, n, level))
+    assert_right_side_and_within_two_ulp(*(list(column) for column in zip(*cases, strict=True)))
 
 
 def test_the_table_is_the_operator():
@@ -137,6 +154,16 @@ def test_double_double_functions():
             assert abs(found - exact) <= mp.mpf(2) ** -96 * max(1, exact)
 
 
+def test_logarithm_has_the_error_that_it_states():
+    generator = np.random.default_rng(6)
+    near_one = 1 + generator.uniform(-1, 1, 3000) * 10.0 ** generator.uniform(-16, -0.3, 3000)
+    edges = [2.0**e * m for e in (-1022, -1, 0, 1, 1023) for m in (1, 2**0.5, ulps(2**0.5, 1), ulps(2.0, -1))]
+    with mp.workprec(200):
+        for x in [*near_one.tolist(), *(2.0 ** generator.uniform(-1022, 1024, 3000)).tolist(), *edges]:
+            exact = mp.log(mp.mpf(x))
+            assert abs(_C.log_positive(x) - exact) <= 3.5 * mp.mpf(2) ** -53 * abs(exact), x
+
+
 def test_product_is_rounded_down():
     generator = np.random.default_rng(3)
     for sigma, z in generator.uniform(0.01, 5, (1000, 2)).tolist():
@@ -192,7 +219,7 @@ def test_table_refuses_bad_arguments(arguments):
     ("n", "k"), [(10, 5), (1000, 3), (100_000, 33_333), (100_000, 99_999), (10_000_000, 3_000_000), (2**31 - 1, 2**30)]
 )
 def test_levels_near_one(n, k):
-    """Up to 1 - 2^-20; beyond it the solver's steps are lost in rounding, and bounds once came out near 1."""
+    """Up to 1 - 2^-20, and refused beyond it."""
     mp.mp.prec = 200
     for alpha in (0.99, 0.9999, 1 - 2**-20):
         low = float(ops.clopper_pearson_lower(torch.tensor(k), n, alpha))

@@ -10,7 +10,7 @@ from conftest import CASES
 from torch import Tensor
 
 from pacd_fast import ops
-from pacd_fast.ops import reference
+from pacd_fast.ops import libraries, reference
 
 OPERATORS = sorted({case.op for case in CASES.values()})
 CPU_ONLY = ["narrow_grad", "convolve3x3"]  # of layers.py, see test_layers.py
@@ -55,6 +55,22 @@ def test_every_operator_is_registered_everywhere(name):
     keys = ["CPU", "Meta"] + (["CUDA"] if ops.cuda_library == "loaded" else [])
     for key in keys:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pacd_fast::{name}", key), key
+
+
+def test_a_driver_too_old_for_the_cuda_library_is_named_when_it_is_loaded(monkeypatch):
+    problem = libraries.driver_problem(12040, 13020)
+    assert problem == (
+        "not usable: the driver supports CUDA 12.4 and the library needs 13.0; "
+        "install a driver >= 580 or build with nvcc 12.x"
+    )
+    for driver, runtime in ((12080, 12090), (13000, 13020), (13010, 12040), (0, 13000)):  # 0: no driver, no card
+        assert libraries.driver_problem(driver, runtime) is None
+    if ops.cuda_library == "loaded":
+        monkeypatch.setattr(libraries, "cuda_versions", lambda path: (11080, 12040))
+        assert libraries._load_cuda().startswith("not usable: the driver supports CUDA 11.8")
+        monkeypatch.undo()
+        driver, runtime = libraries.cuda_versions(libraries._load("pacd_ops_cuda"))
+        assert runtime >= 12000 and (driver == 0 or driver >= runtime // 1000 * 1000)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,6 +15,7 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from scipy.special import ndtri
 
 from pacd_fast.certification import (
     ResultsFile,
@@ -23,14 +24,18 @@ from pacd_fast.certification import (
     merge,
     peek,
     read_results,
-    round_down,
+    rounded,
     summarize,
     summary_table,
 )
-from pacd_fast.certification.results import COLUMNS
+from pacd_fast.certification.rows import columns, dense, sparse
 
-RUN = Run(100, 100_000, 0.001, 0.5, 2**64 - 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
-HEADER = "\t".join(COLUMNS) + "\n"
+OLD = Run(100, 100_000, 0.001, 0.5, 2**64 - 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
+RUN = dataclasses.replace(
+    OLD, noise="lattice", step="0.00392156862745098", rows=256, compiled=1, machine="cpu AVX512, torch 2.15.0"
+)
+HEADER = "\t".join(columns(2)) + "\n"
+BOTH = pytest.mark.parametrize("run", [OLD, RUN], ids=["first version", "second"])
 
 # Columns and form of what certify.py of locuslab/smoothing writes; older versions wrote seconds as a number.
 LOCUSLAB = (
@@ -40,17 +45,18 @@ LOCUSLAB = (
 )
 
 
-def row(idx, label=3, predict=3, radius=0.7, p_lower=0.92, count=93_000, time=1.25):
-    return Row(idx, label, predict, radius, p_lower, count, time)
+def row(idx, label=3, predict=3, radius=0.7, p_lower=0.92, count=93_000, time=1.25, samples=100_000, voids=2):
+    votes = sparse([0, samples - count - voids, 0, count])
+    return Row(idx, label, predict, radius, p_lower, count, time, samples, voids, 1.0, sparse([3, 0, 0, 97]), votes)
 
 
 def rows(count, seed=0):
     generator = random.Random(seed)
     for idx in range(count):
-        p = generator.random()
+        p = 0.9999 * generator.random()
         predict = generator.randrange(3) if p > 0.5 else -1
-        radius = generator.random() * 2 if predict >= 0 else 0.0
-        yield row(idx, generator.randrange(3), predict, radius, p, int(p * 100_000), generator.random())
+        radius = generator.random() * RUN.sigma * float(ndtri(p)) if predict >= 0 else 0.0
+        yield row(idx, generator.randrange(3), predict, radius, p, math.ceil(p * 100_000), generator.random())
 
 
 def write(path, some_rows, run=RUN):
@@ -66,65 +72,101 @@ def without_time(path):
 
 
 @pytest.mark.parametrize("decimals", [6, 9])
-def test_round_down_is_below_and_closest(decimals):
+def test_rounded_is_on_its_side_and_closest(decimals):
     generator = random.Random(1)
     values = [0.0, 0.1, 0.3, 0.5, 1.0, 1.9, 1 - 2**-53, 5e-324, 1e-7, 0.001, 123.456789012345]
     values += [generator.random() * 4 for _ in range(2000)]
     values += [math.nextafter(k / 10**6, up) for k in range(1, 2000) for up in (0, 2)]
     for value in values:
-        text = round_down(value, decimals)
+        text, up = rounded(value, decimals), rounded(value, decimals, up=True)
+        assert Decimal(up) >= Decimal(value) > Decimal(up) - Decimal(1).scaleb(-decimals) and float(up) >= value
         assert len(text.partition(".")[2]) == decimals
         assert "E" not in text
         assert Decimal(text) <= Decimal(value) < Decimal(text) + Decimal(1).scaleb(-decimals)
         assert float(text) <= value
     # 0.3 is 0.299999999999999988897769753748 as a double.
-    assert round_down(0.3, 6) == "0.299999"
-    assert round_down(0.5, 6) == "0.500000"
+    assert rounded(0.3, 6) == "0.299999"
+    assert rounded(0.5, 6) == "0.500000"
 
 
 def test_one_row_as_text(tmp_path):
-    path = write(tmp_path / "r.tsv", [row(7, 3, 3, 1.23456789, 0.9876543219, 99_000, 0.5), row(8, 3, -1, 0.0, 0.4)])
-    header, first, second, end = path.read_text().split("\n")
+    written = [row(7, 3, 3, 1.11456789, 0.9876543219, 99_000, 0.5), row(8, 3, -1, 0.0, 0.4)]
+    header, first, second, end = write(tmp_path / "old.tsv", written, OLD).read_text().split("\n")
     assert (
-        header
-        == "idx label predict radius correct p_lower count n0 n alpha sigma seed dtype model data time".replace(
-            " ", "\t"
-        )
+        header.split("\t")
+        == ("idx label predict radius correct p_lower count n0 n alpha sigma seed dtype model data time").split()
     )
     run = "100\t100000\t0.001\t0.5\t18446744073709551615\tfloat32\tmnist-cnn@0123456789ab\tmnist5k-test@c0b26e9ecbbb"
-    assert first == f"7\t3\t3\t1.234567\t1\t0.987654321\t99000\t{run}\t0.500000"
+    assert first == f"7\t3\t3\t1.114567\t1\t0.987654321\t99000\t{run}\t0.500000"
     assert second == f"8\t3\t-1\t0.000000\t0\t0.400000000\t93000\t{run}\t1.250000"
     assert end == ""
+    header, first, second, end = write(tmp_path / "new.tsv", written).read_text().split("\n")
+    assert (
+        header.split("\t")
+        == (
+            "idx label predict radius correct p_lower count samples voids rival_upper n0 n alpha sigma seed dtype "
+            "model data noise step target sides futility rows compiled machine selection votes time"
+        ).split()
+    )
+    run += "\tlattice\t0.00392156862745098\tfull\t1\t0.0\t256\t1\tcpu AVX512, torch 2.15.0"
+    votes = "0:3 3:97\t1:998 3:99000"
+    assert first == f"7\t3\t3\t1.114567\t1\t0.987654321\t99000\t100000\t2\t1.000000000\t{run}\t{votes}\t0.500000"
+
+
+def test_votes_as_text():
+    for counts in ([0, 0], [5], [0, 3, 0, 10**9]):
+        assert dense(sparse(counts), len(counts)).tolist() == counts
+    for wrong in (
+        "",
+        "1",
+        "1:2 1:3",
+        "2:1 1:1",
+        "1:-2",
+        "a:1",
+        "1:1:1",
+        "1:1  2:1",
+        "\u0661:1",
+        "99999999999:1",
+        "1:9999999999",
+    ):
+        with pytest.raises(ValueError, match="votes"):
+            dense(wrong)
+    with pytest.raises(ValueError, match="for more than 3 classes"):
+        dense("3:1", 3)
 
 
 def test_numpy_scalars_are_written_as_numbers(tmp_path):
     run = dataclasses.replace(RUN, sigma=np.float64(0.1), n=np.int64(100_000), alpha=np.float64(1e-12))
-    one = row(np.int64(0), np.int64(3), np.int64(3), np.float64(0.7), np.float64(0.92), np.int64(5), np.float32(1))
+    one = row(np.int64(0), np.int64(3), np.int64(3), np.float64(0.1), np.float64(0.92), np.int64(93_000), np.float32(1))
     assert peek(write(tmp_path / "r.tsv", [one], run)) == dataclasses.replace(RUN, sigma=0.1, alpha=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.1 + 0.2, 1 / 3, 1e-12, 5e-324, 0.25, 1.7976931348623157e308])
 def test_sigma_and_alpha_read_back_as_the_same_double(tmp_path, value):
     run = dataclasses.replace(RUN, sigma=value, alpha=value)
-    assert peek(write(tmp_path / "r.tsv", [row(0)], run)) == run
+    assert peek(write(tmp_path / "r.tsv", [row(0, radius=0.0)], run)) == run
 
 
 def test_pandas_and_the_published_analysis_read_it(tmp_path):
     pandas = pytest.importorskip("pandas")
     path = write(tmp_path / "r.tsv", rows(200))
     frame = pandas.read_csv(path, delimiter="\t")
-    assert tuple(frame.columns) == COLUMNS
+    assert tuple(frame.columns) == columns(2)
     assert not frame.isna().any().any()
     ours = summarize(read_results(path), [0.0, 0.5, 1.0])
     published = [(frame["correct"] & (frame["radius"] >= r)).mean() for r in (0.0, 0.5, 1.0)]
     assert ours.certified_accuracy == pytest.approx(published, abs=0)
 
 
-def test_read_returns_what_was_written(tmp_path):
+@BOTH
+def test_read_returns_what_was_written(tmp_path, run):
     written = list(rows(50))
-    results = read_results(write(tmp_path / "r.tsv", written))
+    results = read_results(write(tmp_path / "r.tsv", written, run))
     assert len(results) == 50
-    assert results.run == RUN
+    assert results.run == run
+    for name in ("samples", "voids", "selection", "votes"):
+        column = getattr(results, name)
+        assert (column is None) if run == OLD else column.tolist() == [getattr(one, name) for one in written]
     for i, one in enumerate(written):
         assert (results.idx[i], results.label[i], results.predict[i]) == (one.idx, one.label, one.predict)
         assert results.correct[i] == (one.label == one.predict)
@@ -134,17 +176,19 @@ def test_read_returns_what_was_written(tmp_path):
         assert abs(results.time[i] - one.time) < 1e-6
 
 
-def test_resume_after_a_cut_at_every_byte(tmp_path):
+@BOTH
+def test_resume_after_a_cut_at_every_byte(tmp_path, run):
     written = list(rows(3))
-    whole = write(tmp_path / "whole.tsv", written).read_bytes()
+    whole = write(tmp_path / "whole.tsv", written, run).read_bytes()
+    header = whole.index(b"\n") + 1
     path = tmp_path / "r.tsv"
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         lines = whole[:cut].count(b"\n")
-        assert peek(path) == (RUN if lines > 1 else None)
-        with ResultsFile(path, RUN) as file:
+        assert peek(path) == (run if lines > 1 else None)
+        with ResultsFile(path, run) as file:
             assert file.done == set(range(max(0, lines - 1)))
-            assert path.read_bytes() == whole[: max(len(HEADER), whole[:cut].rfind(b"\n") + 1)]
+            assert path.read_bytes() == whole[: max(header, whole[:cut].rfind(b"\n") + 1)]
             for one in written:
                 if one.idx not in file.done:
                     file.append(one)
@@ -157,7 +201,7 @@ def test_resume_after_sigkill(tmp_path):
         "import itertools, sys; from pacd_fast.certification import *\n"
         f"file = ResultsFile(sys.argv[1], {RUN!r})\n"
         "for idx in itertools.count():\n"
-        "    if idx not in file.done: file.append(Row(idx, 3, 3, 0.5, 0.9, 95, 1.0))\n"
+        "    if idx not in file.done: file.append(Row(idx, 3, 3, 0.5, 0.9, 95_000, 1.0, 100_000))\n"
         "    if idx == 200: print(flush=True)\n"
     )
     for _ in range(3):
@@ -180,10 +224,13 @@ def test_rows_are_on_disk_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("column", "value"),
     [("n0", 10), ("n", 1000), ("alpha", 0.01), ("sigma", math.nextafter(0.5, 1)), ("seed", 1), ("dtype", "bfloat16"),
-     ("model", "mnist-cnn@ffffffffffff"), ("data", "mnist-test@c0b26e9ecbbb")],
+     ("model", "mnist-cnn@ffffffffffff"), ("data", "mnist-test@c0b26e9ecbbb"), ("noise", "float"), ("step", "0.1"),
+     ("target", "radii 0.25"), ("sides", 2), ("futility", 0.1), ("rows", 64), ("compiled", 0),
+     ("machine", "cpu AVX2, torch 2.11.0")],
 )  # fmt: skip
 def test_another_run_is_refused_and_nothing_changed(tmp_path, column, value):
-    path = write(tmp_path / "r.tsv", [row(i, count=9) for i in range(3)], dataclasses.replace(RUN, **{column: value}))
+    some = [row(i, count=930, samples=1000) for i in range(3)]
+    path = write(tmp_path / "r.tsv", some, dataclasses.replace(RUN, **{column: value}))
     path.write_text(path.read_text() + "3\t1\t")
     before = path.read_bytes()
     message = (
@@ -205,7 +252,7 @@ def test_other_files_are_refused_and_not_changed(tmp_path):
         HEADER.encode() + b"1\t2\n",
     ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"is not a results file|2 columns instead of 16"):
+        with pytest.raises(ValueError, match=r"is not a results file|2 columns instead of 29"):
             ResultsFile(path, RUN)
         assert path.read_bytes() == content
     with pytest.raises(ValueError, match="is a folder"):
@@ -235,7 +282,12 @@ def test_impossible_rows_are_not_written(tmp_path):
             (row(1, p_lower=1.1), "p_lower 1.1"),
             (row(1, p_lower=math.nan), "p_lower nan"),
             (row(1, count=100_001), "count 100001 is not in 0..100000"),
-            (row(1, count=None), "missing"),
+            (row(1, samples=0, count=0), "samples 0 is not in 1..100000"),
+            (row(1, samples=100_001), "samples 100001 is not in"),
+            (row(1, voids=-1), "voids -1 is not in 0..100000"),
+            (row(1, count=91_999), "p_lower 0.92 is above 91999 votes of 100000"),
+            (row(1, radius=0.703), "radius 0.703 is more than p_lower 0.92 is worth"),
+            (row(1, time=math.nan), "time nan"),
         ]:
             with pytest.raises(ValueError, match=message):
                 file.append(bad)
@@ -277,8 +329,8 @@ def test_locuslab_files(tmp_path):
         (lambda t: t.replace("\n1\t3\t3", "\n1\t3\t2"), "line 3: malformed row (correct is 1 for label 3 and"),
         (lambda t: t.replace("\n1\t3\t3\t0.6", "\n1\t3\t3\t-0.6"), "line 3: malformed row (radius -0.6"),
         (lambda t: t.replace("\n1\t3\t3\t0.699999", "\n1\t3\t3\tnan"), "line 3: malformed row (radius nan"),
-        (lambda t: t.replace("\t1.250000\n", "\n", 1), "line 2: 15 columns instead of 16"),
-        (lambda t: t.replace("\n1\t", "\n\n1\t"), "line 3: 1 columns instead of 16"),
+        (lambda t: t.replace("\t1.250000\n", "\n", 1), "line 2: 28 columns instead of 29"),
+        (lambda t: t.replace("\n1\t", "\n\n1\t"), "line 3: 1 columns instead of 29"),
         (lambda t: t.replace("float32", "bfloat16", 1), "line 3 is another run: dtype is float32 there and bfloat16"),
     ],
 )  # fmt: skip
@@ -350,7 +402,8 @@ def test_merge_refuses(tmp_path):
     disagrees = write(tmp_path / "b.tsv", [row(2), row(1, count=92_999)])
     with pytest.raises(ValueError, match="image 1 has another count than"):
         merge([first, disagrees], tmp_path / "out.tsv")
-    other = write(tmp_path / "c.tsv", [row(5, count=9)], dataclasses.replace(RUN, n=1000, n0=1))
+    small = dataclasses.replace(RUN, n=1000, n0=1)
+    other = write(tmp_path / "c.tsv", [row(5, count=930, samples=1000)], small)
     with pytest.raises(ValueError, match=r"c\.tsv is another run: n0 is 1 there and 100 here"):
         merge([first, other], tmp_path / "out.tsv")
     published = tmp_path / "d.tsv"
@@ -370,3 +423,48 @@ def test_unwritable_folder_is_an_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
         ResultsFile(tmp_path / "r.tsv", RUN)
+
+
+def test_rows_are_sorted_when_a_run_is_done(tmp_path):
+    path, every = tmp_path / "r.tsv", list(rows(9))
+    with ResultsFile(path, RUN) as file:
+        for one in random.Random(3).sample(every, 9):
+            file.append(one)
+        assert read_results(path).idx.tolist() != list(range(9))
+        file.sort()
+    assert path.read_bytes() == write(tmp_path / "sorted.tsv", every).read_bytes()
+
+
+def test_an_impossible_row_is_refused_where_it_stands(tmp_path):
+    """Each row says more than its own numbers allow."""
+    whole = write(tmp_path / "whole.tsv", [row(0), row(1)]).read_text()
+    path = tmp_path / "r.tsv"
+    for number, (text, instead) in enumerate([
+        ("\t0.699999\t", "\t0.702600\t"), ("\t0.920000000\t", "\t0.930000002\t"), ("\t93000\t", "\t91999\t"),
+        ("\t1.000000000\t", "\t1_0\t"), ("\n1\t3\t3\t", "\n1\t3\t \u0663\t"), ("\n1\t", "\n 1\t"), ("\n1\t", "\n1_0\t"),
+        ("\t100\t100000", "\t+100\t100000"), ("\t2\t1.0", "\t9999999999999999999999\t1.0"),
+    ]):  # fmt: skip
+        assert text in whole, number
+        path.write_text(whole.replace(text, instead), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"r\.tsv, line [23]: malformed row"):
+            read_results(path)
+
+
+def test_two_sides_bound_the_radius(tmp_path):
+    run = dataclasses.replace(RUN, sides=2, alpha=0.01)
+    enough = dataclasses.replace(row(0, radius=0.0), rival_upper=0.01)
+    limit = 0.25 * (float(ndtri(0.92)) - float(ndtri(0.01)))
+    with ResultsFile(tmp_path / "r.tsv", run) as file:
+        with pytest.raises(ValueError, match="is worth"):
+            file.append(dataclasses.replace(enough, radius=limit + 1e-6))
+        file.append(dataclasses.replace(enough, radius=limit - 1e-6))
+
+
+def test_a_million_rows_are_read_quickly(tmp_path):
+    """Not timed: the reader handles columns, not rows; here a file of 50 000 rows equals its rows."""
+    head = write(tmp_path / "one.tsv", [row(0)]).read_text()
+    line = head.split("\n")[1].partition("\t")[2]
+    path = tmp_path / "many.tsv"
+    path.write_text(HEADER + "".join(f"{i}\t{line}\n" for i in range(50_000)))
+    found = read_results(path)
+    assert found.idx.tolist() == list(range(50_000)) and set(found.count.tolist()) == {93_000} and found.run == RUN

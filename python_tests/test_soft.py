@@ -29,9 +29,6 @@ def test_the_kernels_functions_have_the_errors_that_they_state():
             assert abs(_C.soft_exp_float(x) / mp.exp(x) - 1) < 3e-7, x
     assert _C.soft_exp(-708.1) == 0 == _C.soft_exp_float(-87.1) == _C.soft_exp(-math.inf)
     assert math.isnan(_C.soft_exp(math.nan)) and math.isnan(_C.soft_exp_float(math.nan))
-    for x in [1 + d for d in (-0.29, -1e-3, -1e-12, 1e-12, 1e-3, 0.4)] + [2.3e-308, 1e-30, 0.1, 5.0, 1e300]:
-        error = abs(_C.log_positive(x) - mp.log(x))
-        assert error <= max(1e-15 * abs(mp.log(x)), mp.mpf(1e-16)), x
     for tail in [10.0**-e * f for e in range(1, 300, 7) for f in (0.7, 1.0, 3.1)] + [0.0749, 0.0751, 0.45]:
         z = _C.quick_quantile(tail, 1 - tail)
         # the error of z through Phi, whose relative slope is the hazard rate, about |z| + 1 / |z|

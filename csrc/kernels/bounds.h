@@ -13,9 +13,7 @@ struct ClopperPearson {
   double* bound;
   bool upper;
 
-  PACD_INLINE void operator()(int64_t i) const {
-    bound[i] = upper ? clopper_pearson_upper(k[i], n[i], alpha[i]) : clopper_pearson_lower(k[i], n[i], alpha[i]);
-  }
+  PACD_INLINE void operator()(int64_t i) const { bound[i] = clopper_pearson_bound(k[i], n[i], alpha[i], upper); }
 };
 
 struct NormalQuantile {

@@ -58,7 +58,7 @@ PACD_HD inline Dd exp(Dd x) {
 
 // log(x) for x in [1e-280, 1e280]; absolute error below 2^-96 * max(1, |log x|).
 PACD_HD inline Dd log(Dd x) {
-  const double y = ::log(x.hi);  // its error e only enters as e^3
+  const double y = log_positive(x.hi);  // its error e only enters as e^3
   const Dd d = x * exp(Dd(-y)) - Dd(1.0);
   return Dd(y) + (d - scale(d * d, -1));
 }

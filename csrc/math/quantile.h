@@ -61,7 +61,7 @@ PACD_HD inline double normal_quantile(double p, bool up) {
     const double c = (p - 0.5) * 2.5066282746310002;
     start = c + c * c * c / 6.0 + 7.0 * c * c * c * c * c / 120.0;
   } else {
-    const double t = ::sqrt(-2.0 * ::log(tail));
+    const double t = ::sqrt(-2.0 * log_positive(tail));
     // Abramowitz and Stegun 26.2.23, error below 4.5e-4.
     const double z =
         t - (2.515517 + t * (0.802853 + t * 0.010328)) / (1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308)));

@@ -1,12 +1,15 @@
 """Randomized smoothing: sampling, certificates, their files and summaries.
 
-`sampler` draws votes, `vote` turns them into certificates, `smooth` is the drop-in class, `soft` certifies mean
-probabilities, `monte_carlo` any yes/no function, `dataset` certifies images of a data set into a file, `results` is
-that file, `merging` several as one, `summary` what it comes to, `selftest` tests noise and bounds on the user's
-machine.  Imports `arguments`, `files`, `tables`, `ops`, `data`, `networks`.
+`question` is what is asked of each image, `noise` what it is asked about, `classifier` the base classifier as one fixed
+function, `sampler` draws its votes; `vote` turns them into certificates, `prediction` into classes; `smooth` is the
+drop-in class, `soft` certifies mean probabilities, `monte_carlo` any yes/no function.  `dataset` certifies images of a
+data set into a file; `rows` is what a file says, `results` the file, `merging` several as one, `verification` checks
+one, `summary` is what it comes to; `selftest` tests noise and bounds on the user's machine.  Imports `arguments`,
+`files`, `randomness`, `tables`, `ops`, `data`, `networks`.
 """
 
-from pacd_fast.certification.dataset import Selection, certify_dataset
+from pacd_fast.certification.classifier import BaseClassifier, Engine, Model, machine
+from pacd_fast.certification.dataset import Certify, Selection, certify_dataset, predict_dataset
 from pacd_fast.certification.merging import exactly, merge, pooled
 from pacd_fast.certification.monte_carlo import (
     SmoothingCertificate,
@@ -15,35 +18,28 @@ from pacd_fast.certification.monte_carlo import (
     kl_guarantee,
     randomized_smoothing_certificate,
 )
-from pacd_fast.certification.results import (
-    ABSTAIN,
-    Results,
-    ResultsFile,
-    Row,
-    Run,
-    peek,
-    read_results,
-    round_down,
-)
-from pacd_fast.certification.sampler import Model
+from pacd_fast.certification.noise import Noise
+from pacd_fast.certification.prediction import Predictions, predict
+from pacd_fast.certification.question import Question, largest_radius, smallest_n
+from pacd_fast.certification.results import ResultsFile, peek, read_results
+from pacd_fast.certification.rows import ABSTAIN, Results, Row, Run, rounded
 from pacd_fast.certification.smooth import Smooth
 from pacd_fast.certification.soft import SoftCertificates, bernstein_lower, soft_certify
 from pacd_fast.certification.summary import Summary, summarize, summary_table
-from pacd_fast.certification.vote import (
-    Certificate,
-    Certificates,
-    certify,
-    certify_each,
-    check_arguments,
-    largest_radius,
-    smallest_n,
-)
+from pacd_fast.certification.verification import redraw, verify
+from pacd_fast.certification.vote import Certificate, Certificates, certify, certify_each
 
 __all__ = [
     "ABSTAIN",
+    "BaseClassifier",
     "Certificate",
     "Certificates",
+    "Certify",
+    "Engine",
     "Model",
+    "Noise",
+    "Predictions",
+    "Question",
     "Results",
     "ResultsFile",
     "Row",
@@ -57,20 +53,24 @@ __all__ = [
     "certify",
     "certify_dataset",
     "certify_each",
-    "check_arguments",
     "discrete_guarantee",
     "exactly",
     "gaussian_guarantee",
     "kl_guarantee",
     "largest_radius",
+    "machine",
     "merge",
     "peek",
     "pooled",
+    "predict",
+    "predict_dataset",
     "randomized_smoothing_certificate",
     "read_results",
-    "round_down",
+    "redraw",
+    "rounded",
     "smallest_n",
     "soft_certify",
     "summarize",
     "summary_table",
+    "verify",
 ]

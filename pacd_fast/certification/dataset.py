@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pacd_fast.certification.results import PathLike, ResultsFile, Row, Run, peek
-from pacd_fast.certification.vote import certify_each, check_arguments
-from pacd_fast.data import Dataset, as_float, random_subset
+from pacd_fast.arguments import option, writable
+from pacd_fast.certification.classifier import USUAL
+from pacd_fast.certification.noise import KINDS, Noise
+from pacd_fast.certification.prediction import predictor
+from pacd_fast.certification.question import Question
+from pacd_fast.certification.results import PathLike, ResultsFile, parse, peek
+from pacd_fast.certification.rows import ABSTAIN, Row, Run, check_same_run, sparse, value_text
+from pacd_fast.certification.vote import certificates, sampler_of
+from pacd_fast.data import Dataset, random_subset
 from pacd_fast.networks import Checkpoint
 
 
@@ -70,64 +78,163 @@ class Selection:
         return chosen[shard::shards]
 
 
+_COMPILE: dict[Any, Any] = {"yes": True, "no": False, None: "auto"}
+
+
+@dataclass(frozen=True)
+class Certify:
+    """How to certify: the flags of the command line; see `pacd_fast.certify` for what each is.
+
+    sigma: by default what the checkpoint was trained with; seed, noise, batch_size and compile: by default those of the
+    file where it is there, else from the operating system's entropy, lattice, chosen and "auto".
+    """
+
+    sigma: float | None = option(None, "noise level; by default what the checkpoint was trained with")
+    n0: int = option(100, "selection samples per image")
+    n: int = option(100_000, "estimation samples per image, at most")
+    alpha: float = option(0.001, "failure probability of each certificate")
+    radii: tuple[float, ...] | None = option(
+        None, "the largest of these radii that is certified, with no more samples than that takes", metavar="R"
+    )
+    tolerance: float | None = option(None, "stop when the radius is known within so much", metavar="T")
+    sides: int = option(1, "2: also bound the rivals' probability", choices=(1, 2))
+    futility: float = option(1e-6, "share of certificates that may be lost to giving up early; 0 draws all n")
+    noise: str | None = option(None, "lattice (the default) holds in floating point, float does not", choices=KINDS)
+    step: tuple[float, ...] | None = option(
+        None, "of the lattice, a number or one per channel; by default 1/255", metavar="H"
+    )
+    offset: tuple[float, ...] | None = option(None, "of the lattice, likewise; by default 0", metavar="O")
+    check: bool = option(False, "refuse images that are not on the lattice")
+    seed: int | None = option(None, "of the noise; by default from the operating system's entropy")
+    dtype: str = option("float32", "the certificate is for the model in it", choices=("float32", "bfloat16"))
+    batch_size: int | None = option(None, "rows a forward pass; measured where it is not given")
+    compile: str | bool | None = option(
+        None, "torch.compile; auto (the default): where it pays", choices=("auto", "yes", "no", "max-autotune")
+    )
+
+    def law(self, sigma: float, existing: Run | None) -> Noise:
+        """The noise to draw: that of the file where nothing else is asked for."""
+        if existing is not None and self.noise in (None, existing.noise) and self.step is None and self.offset is None:
+            return Noise.read(existing.noise, sigma, existing.step)
+        return Noise.of(self.noise or "lattice", sigma, self.step, self.offset)
+
+
+def sigma_of(given: float | None, checkpoint: Checkpoint) -> float:
+    """The noise level that is given, or else what the checkpoint was trained with.  Raises ValueError for neither."""
+    sigma = given if given is not None else checkpoint.sigma or None  # 0: trained without noise
+    if sigma is None:
+        raise ValueError("the checkpoint does not say which noise it was trained with: give --sigma")
+    return sigma
+
+
 def certify_dataset(
     checkpoint: Checkpoint,
     data: Dataset,
     split: str,
     chosen: Sequence[int],
     out: PathLike,
+    settings: Certify | None = None,
     *,
-    sigma: float | None = None,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
-    seed: int | None = None,
-    dtype: str = "float32",
+    shards: int = 1,
     device: torch.device | str = "cpu",
-    batch_size: int | None = None,
     progress: bool = False,
+    **more: Any,
 ) -> None:
     """Certifies images of a split into a results file; those that are in it already are left as they are.
 
     Args:
         chosen: indices into the split; an image's noise belongs to its index.
-        sigma: by default what the checkpoint was trained with.
-        seed: by default that of the file where it is there, else from the operating system's entropy.
-        the rest: see `certify`.
+        settings, more: how, and what is different from that.
+        shards: of how many runs this is one: then nothing that is measured decides how the model is run, so that their
+            files can be merged.
 
     Raises ValueError and OSError, each one line that says what to do, AnotherRun for a file of other settings.
     """
+    asked = dataclasses.replace(settings or Certify(), **more)
     images, labels = data.split(split)
-    sigma = sigma if sigma is not None else checkpoint.sigma or None  # 0: trained without noise
-    if sigma is None:
-        raise ValueError("the checkpoint does not say which noise it was trained with: give --sigma")
-    existing = peek(out) if Path(out).exists() else None
-    seed = seed if seed is not None else existing.seed if existing else secrets.randbits(63)
-    model = f"{checkpoint.arch}@{checkpoint.fingerprint}"
-    run = Run(n0=n0, n=n, alpha=alpha, sigma=sigma, seed=seed, dtype=dtype, model=model, data=data.tag(split))
-    check_arguments(n0, n, alpha, sigma, seed)
-    with ResultsFile(out, run) as file:
-        todo = torch.tensor([i for i in chosen if i not in file.done], dtype=torch.int64)
-        if len(todo) < len(chosen) and progress:
-            print(
-                f"{out}: {len(chosen) - len(todo)} of {len(chosen)} images are there, {len(todo)} to go",
-                file=sys.stderr,
-            )
-        certificates = certify_each(
-            checkpoint.model.to(device),
-            as_float(images[todo]),
-            num_classes=checkpoint.num_classes,
-            sigma=sigma,
-            n0=n0,
-            n=n,
-            alpha=alpha,
-            seed=seed,
-            dtype=getattr(torch, dtype),
-            batch_size=batch_size,
-            image_ids=todo,
-            progress=progress,
-        )
-        with contextlib.closing(certificates):
-            for certificate in certificates:
-                idx = int(todo[certificate.index])
-                file.append(Row.of(certificate, idx, int(labels[idx])))
+    sigma = sigma_of(asked.sigma, checkpoint)
+    existing = peek(out)
+    law = asked.law(sigma, existing)
+    question = Question.of(
+        law.sigma, asked.n0, asked.n, asked.alpha, asked.radii, asked.tolerance, asked.sides, asked.futility
+    )
+    seed = asked.seed if asked.seed is not None else existing.seed if existing else secrets.randbits(63)
+    if existing is not None and existing.version == 1:
+        question = dataclasses.replace(question, futility=0.0)
+    run = Run(
+        n0=question.n0, n=question.n, alpha=question.alpha, sigma=sigma, seed=seed, dtype=asked.dtype,
+        model=f"{checkpoint.arch}@{checkpoint.fingerprint}", data=data.tag(split), noise=law.kind, step=law.lattice,
+        target=question.target, sides=question.sides, futility=question.futility,
+    )  # fmt: skip
+    rows = asked.batch_size
+    compiled: Any = _COMPILE.get(asked.compile, asked.compile)
+    if shards > 1:
+        rows, compiled = rows or USUAL[torch.device(device).type], compiled is not False and compiled != "auto"
+    if existing is not None:
+        here = dataclasses.replace(existing, **{name: getattr(run, name) for name in ("rows", "compiled", "machine")})
+        check_same_run(str(out), here, run, "choose another --out or delete it")
+        rows = rows or existing.rows or None
+        compiled = bool(existing.compiled) if compiled == "auto" else compiled
+    done = set() if existing is None else set(parse(Path(out), ours=True)[0].idx.tolist())
+    todo = torch.tensor([i for i in chosen if i not in done], dtype=torch.int64)
+    if len(todo) < len(chosen) and progress:
+        print(f"{out}: {len(chosen) - len(todo)} of {len(chosen)} images are there, {len(todo)} to go", file=sys.stderr)
+    sampler = sampler_of(
+        checkpoint.model.to(device), images[todo], checkpoint.num_classes, law, seed, question.n0 + question.likely,
+        dtype=getattr(torch, asked.dtype), rows=rows, compile=compiled, check=asked.check, image_ids=todo,
+    )  # fmt: skip
+    if progress:
+        for note in sampler.classifier.notes:
+            print(note, file=sys.stderr)
+    if existing is None or existing.version == 2:
+        run = dataclasses.replace(run, **dataclasses.asdict(sampler.classifier.engine))
+    with ResultsFile(out, run) as file, contextlib.closing(certificates(sampler, question, progress)) as found:
+        for certificate in found:
+            idx = int(todo[certificate.index])
+            file.append(Row.of(certificate, idx, int(labels[idx])))
+        file.sort()
+
+
+def predict_dataset(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    split: str,
+    chosen: Sequence[int],
+    out: PathLike,
+    settings: Certify,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[int, int, float]:
+    """Predictions of the smoothed classifier for images of a split, in a new file, a line each as they are decided.
+
+    Returns how many are right, on how many it abstains, and the mean number of samples.
+    Raises ValueError and OSError as `certify_dataset` does; FileExistsError where there is such a file.
+    """
+    images, labels = data.split(split)
+    law = settings.law(sigma_of(settings.sigma, checkpoint), None)
+    seed = secrets.randbits(63) if settings.seed is None else settings.seed
+    ids = torch.tensor(list(chosen), dtype=torch.int64)
+    sampler, rule = predictor(
+        checkpoint.model.to(device), images[ids], checkpoint.num_classes, law, seed, settings.n0, settings.n,
+        settings.alpha, settings.futility, dtype=getattr(torch, settings.dtype), rows=settings.batch_size,
+        compile=_COMPILE.get(settings.compile, settings.compile or "auto"), check=settings.check, image_ids=ids,
+    )  # fmt: skip
+    run = {
+        "n0": settings.n0, "n": settings.n, "alpha": settings.alpha, "sigma": law.sigma, "seed": seed,
+        "noise": law.kind, "step": law.lattice, "dtype": settings.dtype,
+        "model": f"{checkpoint.arch}@{checkpoint.fingerprint}", "data": data.tag(split),
+        **dataclasses.asdict(sampler.classifier.engine),
+    }  # fmt: skip
+    right, abstained, samples = 0, 0, 0
+    with open(writable(out), "x", encoding="utf-8", buffering=1) as file:
+        file.write("\t".join(["idx", "label", "predict", "correct", "samples", "votes", *run]) + "\n")
+        for index, outcome, _ in sampler.decide(rule, progress):
+            idx = int(ids[index])
+            label, predicted = int(labels[idx]), outcome.prediction
+            right, abstained = right + (label == predicted), abstained + (predicted == ABSTAIN)
+            samples += outcome.samples
+            row = (idx, label, predicted, int(label == predicted), outcome.samples)
+            texts = [*map(str, row), sparse(outcome.counts.tolist()), *map(value_text, run.values())]
+            file.write("\t".join(texts) + "\n")
+    return right, abstained, samples / len(ids)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from pacd_fast.arguments import writable
-from pacd_fast.certification.results import COLUMNS, PathLike, Results, Run, check_same_run, parse, read_results
+from pacd_fast.certification.results import PathLike, parse, read_results
+from pacd_fast.certification.rows import Results, Run, check_same_run, columns, joined
 from pacd_fast.files import replaced
 
 
@@ -25,12 +22,7 @@ def exactly(path: PathLike, wanted: int | Sequence[int]) -> Results:
 
 def pooled(several: Sequence[Results]) -> Results:
     """The certificates of several victims as if they were one, for averages over victims; the run is the first's."""
-    arrays: dict[str, Any] = {}
-    for field in dataclasses.fields(Results):
-        values = [getattr(each, field.name) for each in several]
-        if isinstance(values[0], np.ndarray):
-            arrays[field.name] = np.concatenate(values)
-    return dataclasses.replace(several[0], **arrays)
+    return joined(several)
 
 
 def merge(paths: Sequence[PathLike], out: PathLike) -> int:
@@ -46,19 +38,21 @@ def merge(paths: Sequence[PathLike], out: PathLike) -> int:
     lines: dict[int, str] = {}
     first: tuple[Path, Run] | None = None
     for path in map(Path, paths):
-        rows, run, whole = parse(path, ours=True)
-        if run is None:
+        rows, whole = parse(path, ours=True)
+        if rows.run is None:
             continue
         if first is None:
-            first = path, run
-        check_same_run(str(path), run, first[1], f"{first[0]} is no shard of it")
-        for row, line in zip(rows, path.read_bytes()[:whole].decode().split("\n")[1:], strict=False):
-            known = lines.setdefault(row.idx, line)
+            first = path, rows.run
+        check_same_run(str(path), rows.run, first[1], f"{first[0]} is no shard of it")
+        for idx, line in zip(rows.idx.tolist(), path.read_bytes()[:whole].decode().split("\n")[1:], strict=False):
+            known = lines.setdefault(idx, line)
             if known.split("\t")[:-1] != line.split("\t")[:-1]:
-                column = next(c for c, a, b in zip(COLUMNS, known.split("\t"), line.split("\t"), strict=True) if a != b)
-                raise ValueError(f"{path}: image {row.idx} has another {column} than in the shards before it")
-    if not lines:
+                names = columns(rows.run.version)
+                column = next(c for c, a, b in zip(names, known.split("\t"), line.split("\t"), strict=True) if a != b)
+                raise ValueError(f"{path}: image {idx} has another {column} than in the shards before it")
+    if first is None:
         raise ValueError(f"{' '.join(map(str, paths)) or 'no file'}: no certified image in it yet")
     with replaced(out) as temporary:
-        temporary.write_bytes("\n".join(["\t".join(COLUMNS), *(lines[idx] for idx in sorted(lines)), ""]).encode())
+        header = "\t".join(columns(first[1].version))
+        temporary.write_bytes("\n".join([header, *(lines[idx] for idx in sorted(lines)), ""]).encode())
     return len(lines)

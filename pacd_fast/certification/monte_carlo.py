@@ -19,7 +19,7 @@ import torch
 
 from pacd_fast import _C, ops
 from pacd_fast.arguments import positive
-from pacd_fast.certification.vote import check_level
+from pacd_fast.certification.question import check_level
 
 Guarantee = Callable[[float], float]
 

@@ -1,221 +1,138 @@
-"""The votes of a model on noisy copies of images, drawn as a loop plans them, at the model's speed."""
+"""The votes of a base classifier on noisy copies of images, drawn as a planner wants them, at its speed."""
 
 from __future__ import annotations
 
-import copy
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from pacd_fast import ops
-from pacd_fast._C import Certification, keep_freed_memory
+from pacd_fast._C import Outcome, Rule, SequentialPlanner
+from pacd_fast.certification.classifier import BaseClassifier
+from pacd_fast.certification.noise import Copies
 
-ROWS = 64  # a model runs on a multiple of this many rows, padded: very small batches take other code paths, other bits
+Pieces: TypeAlias = Iterable[tuple[int, int, int, int, int]]
+"""Samples [first, first + count) of an image on a stream, counted in a slot: (image, stream, first, count, slot)."""
 
-Model: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
-Piece: TypeAlias = tuple[int, int, int, int]
-"""Samples [first, first + count) of an image on a stream: (image, stream, first, count)."""
-Tally: TypeAlias = Callable[[Tensor, Tensor, Tensor], object]
+AHEAD = 2  # batches that a card may run ahead of the votes that the host has seen
 
 
 class Sampler:
-    """Counts a model's votes on noisy copies of images: images share batches, every batch is full but the last."""
+    """Batches of noisy copies of fixed images through a base classifier: all of one shape, the last ones padded."""
 
-    def __init__(
-        self,
-        model: Model,
-        images: Tensor,
-        num_classes: int,
-        sigma: float,
-        seed: int,
-        dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
-        image_ids: Tensor | None = None,
-    ):
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, not {num_classes}")
-        if images.dim() < 2 or not images.is_floating_point():
-            raise ValueError(f"images must be float [N, ...], not {images.dtype} {tuple(images.shape)}")
-        if not bool(torch.isfinite(images).all()):
-            raise ValueError("images hold NaN or infinity")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be positive, not {batch_size}")
-        if image_ids is None:
-            image_ids = torch.arange(len(images))
-        if image_ids.dtype != torch.int64 or image_ids.shape != images.shape[:1]:
-            raise ValueError(f"image_ids must be int64 [{len(images)}], not {image_ids.dtype} {tuple(image_ids.shape)}")
-        if len(image_ids) and not 0 <= int(image_ids.min()) <= int(image_ids.max()) < 2**48:
-            raise ValueError("image_ids must be in [0, 2^48)")
-        first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.device = images.device if first is None else first.device
-        self.dtype = dtype or (images.dtype if first is None else first.dtype)
-        if self.dtype == torch.float64:
-            self.dtype = torch.float32
-        if images.dtype == torch.float64 and not torch.equal(images.float().double(), images):
-            raise ValueError("float64 images are certified in float32, which does not hold these: give images.float()")
-        if self.dtype not in ops.FLOATS:
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
-        self.sigma = float(torch.tensor(sigma, dtype=torch.float32))  # what the noise really has
-        self.seed, self.num_classes = seed, num_classes
-        self.images = images.to(self.device, torch.float32)
-        self.image_ids = image_ids.to(self.device)
-        half = self.dtype != torch.float32
-        last = images.dim() == 4 and (half or self.device.type == "cpu")
-        self.memory_format = torch.channels_last if last else torch.contiguous_format
-        if self.device.type == "cpu":
-            keep_freed_memory()  # fresh pages for every batch cost up to as much as the network
-        self.model = self._fixed(model)
-        self.given_batch_size = batch_size
-        self._buffer: Tensor | None = None
+    def __init__(self, classifier: BaseClassifier, copies: Copies):
+        self.classifier, self.copies = classifier, copies
+        self.rows, self._batch = classifier.engine.rows, classifier.empty()
 
-    def _fixed(self, model: Model) -> Model:
-        """The base classifier as one fixed function; the caller's module is left alone."""
-        if not isinstance(model, nn.Module):
-            return model
-        model = copy.deepcopy(model).eval().requires_grad_(False)
-        return model.to(self.device, self.dtype, memory_format=self.memory_format)
+    def logits(self, pieces: Pieces) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [rows, classes] of the classifier on some pieces, row after row; each row's slot; which rows are void.
 
-    def _rows(self, rows: int) -> Tensor:
-        """A reused buffer: fresh pages for every batch would cost more than the noise.
-
-        With one channel both layouts are the same memory, but convolutions look at the strides.
+        Slots are int64 [rows], -1 for rows of the padding and for void ones; void slots int64 [voids] on the CPU, and
+        [rows] on a card, -1 for rows that are not void: nobody waits.
         """
-        if self._buffer is None or len(self._buffer) < rows:
-            self._buffer = torch.empty(
-                (rows, *self.images.shape[1:]), dtype=self.dtype, device=self.device, memory_format=self.memory_format
-            ).zero_()
-        return self._buffer[:rows]
-
-    @torch.inference_mode()
-    def logits(self, pieces: list[Piece]) -> tuple[Tensor, Tensor]:
-        """The model's logits for some pieces, row after row, [rows, num_classes]; and the row of `counts` of each."""
-        rows = sum(piece[3] for piece in pieces)
-        batch = self._rows(-(-rows // ROWS) * ROWS)
-        where, start = torch.empty(rows, dtype=torch.int64), 0
-        for image, stream, first, count in pieces:
-            ops.noisy_copies(
-                self.images[image : image + 1],
-                self.sigma,
-                count,
-                self.seed,
-                first=first,
-                image_ids=self.image_ids[image : image + 1],
-                stream=stream,
-                out=batch[start : start + count],
-            )
-            where[start : start + count] = stream * len(self.images) + image
+        device, start = self.classifier.device, 0
+        where, void = torch.full((self.rows,), -1), torch.zeros(self.rows, dtype=torch.bool, device=device)
+        for image, stream, first, count, slot in pieces:
+            lost = self.copies.draw(self._batch[start : start + count], image, stream, first)
+            if lost is not None:
+                void[start : start + count] = lost
+            where[start : start + count] = slot
             start += count
-        where = where.to(self.device)  # before the model: behind it, the copy would wait for the whole pass
-        logits = self.model(batch)
-        if not isinstance(logits, Tensor) or logits.shape != (len(batch), self.num_classes):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model must return logits [{len(batch)}, {self.num_classes}], not {found}")
-        logits = logits[:rows] if logits.dtype in ops.FLOATS else logits[:rows].float()
-        return logits, where
+        where = where.to(device, non_blocking=True)
+        lost_in = where[void] if device.type == "cpu" else where.masked_fill(~void, -1)
+        return self.classifier(self._batch), where.masked_fill_(void, -1), lost_in
 
-    def run(
-        self,
-        loop: Certification,
-        samples: int,
-        progress: bool,
-        tally: Tally = ops.tally_votes,
-        columns: int | None = None,
-    ) -> Iterator[tuple[int, Tensor, Tensor, float]]:
-        """Draws what `loop` plans; yields (image, selection votes, estimation votes, seconds) of finished images.
+    def decide(self, rule: Rule, progress: bool = False) -> Iterator[tuple[int, Outcome, float]]:
+        """(image, outcome, seconds) of every image as it is decided; seconds since the one before, shared.
 
-        tally(counts, logits, image_index) adds what a batch says to int64 [.., columns]; votes for classes by default.
+        Raises ValueError for a model that returns NaN, naming the image.
         """
-        images = len(self.images)
-        counts = torch.zeros(2 * images, columns or self.num_classes, dtype=torch.int64, device=self.device)
-        sizes = _BatchSizes(self.given_batch_size, self.device)
-        done, since = 0, time.perf_counter()
-        interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-        bar = tqdm(
-            total=images * samples,
-            unit="sample",
-            unit_scale=True,
-            disable=not progress,
-            smoothing=0.1,
-            mininterval=interval,
-        )
-        try:
-            while pieces := loop.plan(sizes.size):
-                started, parts = time.perf_counter(), None
-                try:
-                    tally(counts, *self.logits(pieces))
-                except torch.OutOfMemoryError:
-                    self._buffer = None
-                    if (smaller := sizes.out_of_memory()) is None:
-                        raise
-                    parts = _split(pieces, smaller)
-                for part in parts or ():  # out here the error has let go of the batch's activations
-                    tally(counts, *self.logits(part))
-                rows = sum(piece[3] for piece in pieces)
-                if sizes.trying:
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize(self.device)
-                    sizes.took(rows, time.perf_counter() - started)
-                bar.update(rows)
-                if loop.planned > done:
-                    selection = counts[done : loop.planned].cpu()
-                    estimation = counts[images + done : images + loop.planned].cpu()
-                    now = time.perf_counter()
-                    seconds = (now - since) / (loop.planned - done)
-                    first, done, since = done, loop.planned, now
-                    rate = done / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{done}/{images} images, {rate:.2f} images/s", refresh=False)
-                    for i, index in enumerate(range(first, done)):
-                        yield index, selection[i], estimation[i], seconds
-        finally:
-            bar.close()
+        planner = SequentialPlanner(rule, self.copies.ids.tolist(), self.classifier.num_classes)
+        votes = _Votes(self.rows, self.classifier)
+        waiting: deque[_Report] = deque()
+        done, ahead, since = 0, AHEAD if self.classifier.device.type == "cuda" else 0, time.perf_counter()
+        images, each = len(self.copies.images), rule.n0 + rule.n
+        with sampler_bar(images * each, progress) as bar:
+            while not planner.done:
+                pieces, complete = planner.plan(self.rows)
+                if len(pieces):
+                    logits, where, lost = self.logits(pieces.tolist())
+                    votes.add(logits, where, lost)
+                    bar.update(int(pieces[:, 3].sum()))
+                waiting.append(votes.report(complete))
+                while waiting and (len(waiting) > ahead or not len(pieces)):
+                    planner.report(*waiting.popleft().values())
+                    if not len(pieces):
+                        break
+                finished, now = planner.finished(), time.perf_counter()
+                for image, outcome in finished:
+                    done += 1
+                    bar.total -= rule.n - outcome.samples
+                    bar.set_postfix_str(f"{done}/{images} images", refresh=False)
+                    yield image, outcome, (now - since) / len(finished)
+                if finished:
+                    since = now
 
 
-class _BatchSizes:
-    """The size of the next batch: the given one, or a few in turn, timed on real samples, and then the fastest."""
+class _Votes:
+    """Votes and void samples by slot, on the device."""
 
-    ROUNDS = 4  # the first at a size is warming up
+    def __init__(self, rows: int, classifier: BaseClassifier):
+        slots, device = rows + 2, classifier.device  # a piece has a row at least, and one slot goes on
+        self._votes = torch.zeros(slots, classifier.num_classes, dtype=torch.int64, device=device)
+        self._voids = torch.zeros(slots, dtype=torch.int64, device=device)
 
-    def __init__(self, given: int | None, device: torch.device):
-        first, count = (64, 5) if device.type == "cpu" else (512, 6)
-        self._candidates = [given] if given is not None else [first << i for i in range(count)]
-        self._costs: dict[int, list[float]] = {size: [] for size in self._candidates}
-        self.trying = given is None
-        self.size = self._candidates[0]
+    def add(self, logits: Tensor, where: Tensor, lost: Tensor) -> None:
+        ops.tally_votes(self._votes, logits, where)
+        if lost.device.type == "cuda":
+            self._voids.index_add_(0, lost.clamp(min=0), (lost >= 0).long())
+        elif len(lost):
+            self._voids.index_add_(0, lost, torch.ones_like(lost))
 
-    def took(self, rows: int, seconds: float) -> None:
-        """What the last batch cost; a batch at the end that was not full says nothing."""
-        if rows != self.size:
-            return
-        self._costs[self.size].append(seconds / rows)
-        while self._candidates and len(self._costs[self._candidates[0]]) == self.ROUNDS:
-            tried = self._candidates.pop(0)
-            if self._best(tried) > 1.3 * min(self._best(size) for size, costs in self._costs.items() if costs):
-                self._candidates.clear()  # it only gets slower
-        self.trying = bool(self._candidates)
-        self.size = (
-            self._candidates[0] if self.trying else min((s for s, c in self._costs.items() if c), key=self._best)
-        )
-
-    def _best(self, size: int) -> float:
-        return min(self._costs[size][1:], default=math.inf)
-
-    def out_of_memory(self) -> int | None:
-        """The size to go on with after the device ran out of memory; None where none is smaller."""
-        smaller = [size for size, costs in self._costs.items() if costs and size < self.size]
-        if not smaller:
-            return None
-        self._candidates, self.trying, self.size = [], False, min(smaller, key=self._best)
-        return self.size
+    def report(self, complete: NDArray[np.int64]) -> _Report:
+        """The rows of some slots, on their way to the host; they are zero afterwards."""
+        slots = torch.from_numpy(complete).to(self._votes.device, non_blocking=True)
+        found = _Report(self._votes[slots], self._voids[slots])
+        self._votes[slots] = 0
+        self._voids[slots] = 0
+        return found
 
 
-def _split(pieces: list[Piece], rows: int) -> Iterator[list[Piece]]:
-    """The same samples in batches of at most `rows`."""
-    for image, stream, first, count in pieces:
-        for start in range(0, count, rows):
-            yield [(image, stream, first + start, min(rows, count - start))]
+class _Report:
+    """Votes [slots, classes] and void samples [slots] that may still be on their way from a card."""
+
+    def __init__(self, votes: Tensor, voids: Tensor):
+        self._event = None
+        if votes.device.type == "cuda":
+            votes, voids = (
+                torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
+                for each in (votes, voids)
+            )
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._tensors = votes, voids
+
+    def values(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if self._event is not None:
+            self._event.synchronize()
+        votes, voids = (each.numpy() for each in self._tensors)
+        return votes, voids
+
+
+@contextmanager
+def sampler_bar(samples: int, progress: bool) -> Iterator[Any]:
+    """A progress bar of so many samples, with rate and time left, or none."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
+    with tqdm(
+        total=samples, unit="sample", unit_scale=True, disable=not progress, smoothing=0.1, mininterval=interval
+    ) as bar:
+        yield bar

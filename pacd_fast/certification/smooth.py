@@ -5,23 +5,26 @@ from __future__ import annotations
 import secrets
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pacd_fast import ops
-from pacd_fast._C import Certification
-from pacd_fast.certification.results import ABSTAIN
-from pacd_fast.certification.sampler import Model, Sampler
-from pacd_fast.certification.vote import certify, check_level
+from pacd_fast.certification.classifier import BaseClassifier, Compile, Model
+from pacd_fast.certification.noise import Noise, Numbers
+from pacd_fast.certification.prediction import predictor
+from pacd_fast.certification.question import Question
+from pacd_fast.certification.rows import ABSTAIN
+from pacd_fast.certification.vote import certificates, pixels, sampler_of
 
 
 class Smooth:
     """A smoothed classifier g(x) = argmax_c P(f(x + N(0, sigma^2 I)) = c): a drop-in for Cohen et al.'s class.
 
+    The base classifier is prepared at the first call and again where its weights have changed.
+
     Args:
         base_classifier: maps [batch, ...] to [batch, num_classes].
         num_classes: number of classes; sigma: the noise level.
         seed: in [0, 2^63), by default from the operating system's entropy.  Every call draws new noise from it.
-        dtype: as for `certify`.
+        dtype, noise, step, offset, compile: as for `pacd_fast.certify`.
     """
 
     ABSTAIN = ABSTAIN
@@ -34,57 +37,61 @@ class Smooth:
         *,
         seed: int | None = None,
         dtype: torch.dtype | None = None,
+        noise: str = "lattice",
+        step: Numbers | None = None,
+        offset: Numbers | None = None,
+        compile: Compile = False,
     ):
         self.base_classifier, self.num_classes, self.sigma, self.dtype = base_classifier, num_classes, sigma, dtype
+        self.noise, self.compile = Noise.of(noise, sigma, step, offset), compile
         self.seed = secrets.randbits(63) if seed is None else seed
         self._calls = 0
+        self._prepared: tuple[tuple[object, ...], list[Tensor], BaseClassifier] | None = None
+
+    def certify(
+        self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int | None = None, *, sides: int = 1
+    ) -> tuple[int, float]:
+        """(class, l2 radius) of one image x [...], or (ABSTAIN, 0.0); wrong with probability at most alpha.
+
+        n0 samples select the class, n estimate its probability.  Raises ValueError as `pacd_fast.certify` does.
+        """
+        question = Question.of(self.sigma, n0, n, alpha, None, None, sides, 1e-6)
+        classifier = self._classifier(x, batch_size)
+        sampler = sampler_of(
+            classifier, x.unsqueeze(0), self.num_classes, self.noise, self.seed, n, image_ids=self._next_id()
+        )
+        (found,) = certificates(sampler, question, False)
+        return found.prediction, found.radius
+
+    def predict(self, x: Tensor, n: int, alpha: float, batch_size: int | None = None, *, n0: int = 100) -> int:
+        """The class of one image x [...] or ABSTAIN; wrong with probability <= alpha.  At most n0 + n samples.
+
+        See `pacd_fast.predict`; raises ValueError as it does.
+        """
+        classifier = self._classifier(x, batch_size)
+        sampler, rule = predictor(
+            classifier, x.unsqueeze(0), self.num_classes, self.noise, self.seed, n0, n, alpha, 1e-6,
+            image_ids=self._next_id(),
+        )  # fmt: skip
+        ((_, outcome, _),) = sampler.decide(rule)
+        return int(outcome.prediction)
 
     def _next_id(self) -> Tensor:
         self._calls += 1
         return torch.tensor([self._calls - 1])
 
-    def certify(self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int | None = None) -> tuple[int, float]:
-        """(class, l2 radius) of one image x [...], or (ABSTAIN, 0.0); wrong with probability at most alpha.
-
-        n0 samples select the class, n estimate its probability.  Raises ValueError as `pacd_fast.certify` does.
-        """
-        result = certify(
-            self.base_classifier,
-            x.unsqueeze(0),
-            num_classes=self.num_classes,
-            sigma=self.sigma,
-            n0=n0,
-            n=n,
-            alpha=alpha,
-            seed=self.seed,
-            dtype=self.dtype,
-            batch_size=batch_size,
-            image_ids=self._next_id(),
+    def _classifier(self, x: Tensor, batch_size: int | None) -> BaseClassifier:
+        """The base classifier for such images: the one of the last call where nothing has changed since."""
+        model, images = self.base_classifier, pixels(x.unsqueeze(0))
+        state = list(model.state_dict().values()) if isinstance(model, nn.Module) else []
+        first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        key = (model, tuple(x.shape), x.device if first is None else first.device, batch_size)
+        if self._prepared is not None:
+            known, weights, classifier = self._prepared
+            if known == key and len(weights) == len(state) and all(map(torch.equal, weights, state)):
+                return classifier
+        classifier = BaseClassifier(
+            model, images, self.num_classes, dtype=self.dtype, rows=batch_size, compile=self.compile, samples=10**5
         )
-        return int(result.prediction[0]), float(result.radius[0])
-
-    def predict(self, x: Tensor, n: int, alpha: float, batch_size: int | None = None) -> int:
-        """The class of one image x [...] or ABSTAIN (PREDICT of Cohen et al. 2019); wrong with probability <= alpha.
-
-        The top two classes of n samples are compared by a two-sided binomial test.
-        """
-        check_level(n, alpha, 2e-200)
-        sampler = Sampler(
-            self.base_classifier,
-            x.unsqueeze(0),
-            self.num_classes,
-            self.sigma,
-            self.seed,
-            self.dtype,
-            batch_size,
-            self._next_id(),
-        )
-        loop = Certification(1, 0, n, alpha, sampler.sigma)
-        ((_, _, votes, _),) = list(sampler.run(loop, n, False))
-        if missing := n - int(votes.sum()):
-            raise ValueError(f"the model returned NaN for {missing} of {n} noisy copies")
-        first, second = votes.topk(2)[0].tolist()
-        # P(Binomial(first + second, 1/2) >= first) <= alpha / 2 is the same as a lower bound of at least 1/2.
-        bound = ops.clopper_pearson_lower(torch.tensor(first), first + second, alpha / 2)
-        # stable: the lowest class among equals, like numpy's argmax
-        return int(votes.argmax()) if float(bound) >= 0.5 else ABSTAIN
+        self._prepared = key, [each.clone() for each in state], classifier
+        return classifier

@@ -5,17 +5,22 @@ from __future__ import annotations
 import decimal
 import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pacd_fast import ops
-from pacd_fast._C import Certification, product_down
-from pacd_fast.arguments import positive, seed_in_range
-from pacd_fast.certification.results import ABSTAIN
-from pacd_fast.certification.sampler import Model, Sampler
+from pacd_fast._C import product_down
+from pacd_fast.arguments import positive, whole
+from pacd_fast.certification.classifier import Compile, Model
+from pacd_fast.certification.noise import Noise, Numbers
+from pacd_fast.certification.rows import ABSTAIN
+from pacd_fast.certification.sampler import Sampler, sampler_bar
+from pacd_fast.certification.vote import sampler_of
 
 UNIT = 2**20  # probabilities are rounded down to multiples of 1 / UNIT: their sums and sums of squares are exact
 
@@ -66,17 +71,21 @@ def bernstein_lower(total: int, squares: int, n: int, alpha: float) -> float:
 
 def soft_certify(
     model: Model,
-    images: Tensor,
+    images: Any,
     *,
     num_classes: int,
     sigma: float,
     beta: float = 1.0,
-    n0: int = 100,
-    n: int = 100_000,
+    n0: float = 100,
+    n: float = 100_000,
     alpha: float = 0.001,
+    noise: str = "lattice",
+    step: Numbers | None = None,
+    offset: Numbers | None = None,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int | None = None,
+    compile: Compile = "auto",
     image_ids: Tensor | None = None,
     progress: bool = False,
 ) -> SoftCertificates:
@@ -85,60 +94,90 @@ def soft_certify(
     Per image n0 samples choose the class, n others give `bernstein_lower` p on its mean probability; the radius is
     sigma * Phi^-1(p), and where p <= 1/2 it abstains.  What is certified is the softmax times 1 - 2^-20 rounded down to
     multiples of 2^-20: a function into [0, 1] like any other, whose classes add up to at most 1 and whose sums are
-    exact.  On the CPU certificates do not depend on batch size, order or number of threads.
+    exact; a void sample counts 0 for every class.  On the CPU eager certificates do not depend on batch size, order or
+    number of threads.
 
     Args:
         beta: inverse temperature, positive; MACER's authors certify at 1 and train at 16.
-        model, images, num_classes, sigma, n0, n, alpha, seed, dtype, batch_size, image_ids, progress: as for
-            `pacd_fast.certify`; n below 2^23.
+        n: below 2^23.
+        the rest: as for `pacd_fast.certify`.
 
     Raises:
         ValueError: for arguments out of range, an n at which nothing could be certified, a model that returns another
             number of classes or NaN.
     """
     seed = secrets.randbits(63) if seed is None else seed
-    _check(n0, n, alpha, beta, sigma, seed)
-    sampler = Sampler(model, images, num_classes, sigma, seed, dtype, batch_size, image_ids)
-    loop = Certification(len(images), n0, n, alpha, sampler.sigma)
-
-    def tally(counts: Tensor, logits: Tensor, image_index: Tensor) -> None:
-        """Adds sums, sums of squares, and the number of rows without a NaN."""
-        p = torch.softmax(beta * logits.double(), 1)  # in float32 thousands of classes add up to more than 1
-        whole = ~p.isnan().any(1, keepdim=True)
-        units = torch.where(whole, p * (UNIT - 1), 0.0).floor().to(torch.int64)
-        counts.index_add_(0, image_index, torch.cat([units, units * units, whole.long()], 1))
-
-    shape = (len(images), num_classes)
+    n0, n = whole("n0", n0), whole("n", n)
+    _check(n0, n, alpha, beta, sigma)
+    law = Noise.of(noise, sigma, step, offset)
+    sampler = sampler_of(
+        model, images, num_classes, law, seed, n0 + n, dtype=dtype, rows=batch_size, compile=compile,
+        image_ids=image_ids,
+    )  # fmt: skip
+    count = len(sampler.copies.images)
+    sums = _sums(sampler, n0, n, beta, progress).cpu().unflatten(0, (count, 2))
     result = SoftCertificates(
-        prediction=torch.full(shape[:1], ABSTAIN),
-        radius=torch.zeros(shape[:1], dtype=torch.float64),
-        p_lower=torch.zeros(shape[:1], dtype=torch.float64),
-        mean=torch.zeros(shape, dtype=torch.float64),
+        prediction=torch.full((count,), ABSTAIN),
+        radius=torch.zeros(count, dtype=torch.float64),
+        p_lower=torch.zeros(count, dtype=torch.float64),
+        mean=sums[:, 1, :num_classes].double() / (n * UNIT),
         seed=seed,
     )
-    for i, selection, estimation, _ in sampler.run(loop, n0 + n, progress, tally, 2 * num_classes + 1):
+    for i, (selection, estimation) in enumerate(sums):
         if missing := n0 + n - int(selection[-1] + estimation[-1]):
-            image = int(sampler.image_ids[i])
+            image = int(sampler.copies.ids[i])
             raise ValueError(f"the model returned NaN for {missing} of {n0 + n} noisy copies of image {image}")
         selected = int(selection[:num_classes].argmax())
         p_lower = bernstein_lower(int(estimation[selected]), int(estimation[num_classes + selected]), n, alpha)
         result.p_lower[i] = p_lower
-        result.mean[i] = estimation[:num_classes].double() / (n * UNIT)
         if p_lower > 0.5:
             z = ops.normal_quantile(torch.tensor(p_lower, dtype=torch.float64))
             result.prediction[i] = selected
-            result.radius[i] = max(0.0, product_down(sampler.sigma, float(z)))
+            result.radius[i] = max(0.0, product_down(law.sigma, float(z)))
     return result
 
 
-def _check(n0: int, n: int, alpha: float, beta: float, sigma: float, seed: int) -> None:
+def _sums(sampler: Sampler, n0: int, n: int, beta: float, progress: bool) -> Tensor:
+    """int64 [2 images, 2 classes + 1], by image and stream: sums, sums of squares, and samples with a value."""
+    images, classes = len(sampler.copies.images), sampler.classifier.num_classes
+    sums = torch.zeros(2 * images, 2 * classes + 1, dtype=torch.int64, device=sampler.classifier.device)
+    with sampler_bar(images * (n0 + n), progress) as bar:
+        for pieces in batches([(i, s, c) for i in range(images) for s, c in enumerate((n0, n))], sampler.rows):
+            logits, where, void = sampler.logits(pieces)
+            p = torch.softmax(beta * logits.double(), 1)  # in float32 thousands of classes add up to more than 1
+            whole_rows = ~p.isnan().any(1, keepdim=True)
+            units = torch.where(whole_rows, p * (UNIT - 1), 0.0).floor().to(torch.int64)
+            row = torch.cat([units, units * units, whole_rows.long()], 1) * (where >= 0).unsqueeze(1)
+            sums.index_add_(0, where.clamp(min=0), row)
+            sums[:, -1].index_add_(0, void.clamp(min=0), (void >= 0).long())
+            bar.update(sum(piece[3] for piece in pieces))
+    return sums
+
+
+def batches(wanted: list[tuple[int, int, int]], rows: int) -> Iterator[list[tuple[int, int, int, int, int]]]:
+    """All samples of (image, stream, count) in batches of so many rows, the last one smaller; a slot for each."""
+    batch: list[tuple[int, int, int, int, int]] = []
+    room = rows
+    for slot, (image, stream, count) in enumerate(wanted):
+        first = 0
+        while first < count:
+            part = min(room, count - first)
+            batch.append((image, stream, first, part, slot))
+            first, room = first + part, room - part
+            if room == 0:
+                yield batch
+                batch, room = [], rows
+    if batch:
+        yield batch
+
+
+def _check(n0: int, n: int, alpha: float, beta: float, sigma: float) -> None:
     if n0 < 1 or not 2 <= n < 2**23:
         raise ValueError(f"n0 must be positive and n in [2, 2^23), not {n0} and {n}")
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), not {alpha}")
     positive("beta", beta)
     positive("sigma", sigma)
-    seed_in_range(seed)
     if not bernstein_lower(n * UNIT, n * UNIT * UNIT, n, alpha) > 0.5:
         enough = 2 + int(14 / 3 * math.log(2 / alpha))
         raise ValueError(f"n = {n} is too small to certify anything at alpha = {alpha}: it takes n = {enough}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pacd_fast.certification.results import ABSTAIN, Results, Run
+from pacd_fast.certification.rows import ABSTAIN, Results, Run
 from pacd_fast.tables import aligned, mean_and_deviation
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the lower bounds on p_A

@@ -1,20 +1,23 @@
-"""Randomized smoothing (Cohen, Rosenfeld, Kolter 2019): sample, predict and certify at the model's speed."""
+"""Randomized smoothing (Cohen, Rosenfeld, Kolter 2019): certificates of images at the model's speed."""
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pacd_fast import ops
-from pacd_fast._C import Certification, product_down
-from pacd_fast.arguments import positive, seed_in_range
-from pacd_fast.certification.results import ABSTAIN
-from pacd_fast.certification.sampler import Model, Sampler
+from pacd_fast._C import Outcome
+from pacd_fast.arguments import seed_in_range, whole
+from pacd_fast.certification.classifier import BaseClassifier, Compile, Model
+from pacd_fast.certification.noise import Copies, Noise, Numbers
+from pacd_fast.certification.question import Question
+from pacd_fast.certification.sampler import Sampler
+from pacd_fast.data import as_float
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,21 @@ class Certificate:
     selected: int
     radius: float
     p_lower: float
+    rival_upper: float
+    samples: int
+    voids: int
     counts: Tensor
     selection_counts: Tensor
     seconds: float
+
+    @classmethod
+    def of(cls, index: int, outcome: Outcome, seconds: float) -> Certificate:
+        """The certificate that an outcome of a rule is."""
+        counts, selection = torch.from_numpy(outcome.counts), torch.from_numpy(outcome.selection)
+        return cls(
+            index, outcome.prediction, outcome.selected, outcome.radius, outcome.p_lower, outcome.rival_upper,
+            outcome.samples, outcome.voids, counts, selection, seconds,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,9 +54,14 @@ class Certificates:
         prediction: int64 [N], the smoothed classifier's class, -1 where it abstains.
         radius: float64 [N], l2 radius within which the prediction is constant, 0 where it abstains; in pixel units.
         p_lower: float64 [N], lower confidence bound on the selected class's probability under noise.
-        counts: int64 [N, num_classes], votes of the n estimation samples.
+        rival_upper: float64 [N], with sides = 2 the upper bound on the probability of every other class, else 1.
+        samples: int64 [N], estimation samples that were drawn to decide.
+        voids: int64 [N], void samples among those of the counts: misses.
+        counts: int64 [N, num_classes], votes of the estimation samples that the certificate rests on: all n, or those
+            up to a look.
         selection_counts: int64 [N, num_classes], votes of the n0 selection samples.
         seed: what the noise was drawn from; give it again to get the same certificates.
+        noise: which noise, and on which lattice; one for every sigma, rising, where sigmas differ.
 
     Each certificate holds with probability at least 1 - alpha over the noise, one by one (not all N at once).
     """
@@ -49,59 +69,77 @@ class Certificates:
     prediction: Tensor
     radius: Tensor
     p_lower: Tensor
+    rival_upper: Tensor
+    samples: Tensor
+    voids: Tensor
     counts: Tensor
     selection_counts: Tensor
     seed: int
-
-
-def smallest_n(alpha: float) -> int:
-    """The smallest n at which an image can be certified at all: alpha^(1/n) > 1/2."""
-    n = max(1, int(math.log(alpha) / math.log(0.5)) - 1)
-    while not float(ops.clopper_pearson_lower(torch.tensor(n), n, alpha)) > 0.5:
-        n += 1
-    return n
-
-
-def largest_radius(sigma: float, n: int, alpha: float) -> float:
-    """The radius of an image whose n votes all agree: sigma * Phi^-1(alpha^(1/n)), down; 0 if n is too small."""
-    p = ops.clopper_pearson_lower(torch.tensor(n), n, alpha)
-    return max(0.0, product_down(float(torch.tensor(sigma, dtype=torch.float32)), float(ops.normal_quantile(p))))
+    noise: Noise | tuple[Noise, ...]
 
 
 def certify(
     model: Model,
-    images: Tensor,
+    images: Any,
     *,
     num_classes: int,
-    sigma: float,
-    n0: int = 100,
-    n: int = 100_000,
+    sigma: float | Tensor,
+    n0: float = 100,
+    n: float = 100_000,
     alpha: float = 0.001,
+    radii: Sequence[float] | None = None,
+    tolerance: float | None = None,
+    sides: int = 1,
+    futility: float = 1e-6,
+    noise: str = "lattice",
+    step: Numbers | None = None,
+    offset: Numbers | None = None,
+    check: bool = False,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int | None = None,
+    compile: Compile = "auto",
     image_ids: Tensor | None = None,
     progress: bool = False,
 ) -> Certificates:
     """CERTIFY of Cohen et al. 2019 for a batch of images, in l2.
 
     Per image n0 samples choose the class, n others give a Clopper-Pearson lower bound p on its probability under noise,
-    at level 1 - alpha; the radius is sigma * Phi^-1(p), and where p <= 1/2 it abstains.  Both are rounded down.
+    at level 1 - alpha; the radius is sigma * Phi^-1(p), and where p <= 1/2 it abstains.  Both are rounded down.  Images
+    that cannot be certified any more stop early.  With `radii` or `tolerance` all images stop as soon as the question
+    is answered, by group-sequential tests at the same level.
 
     Args:
-        model: images [M, ...] -> logits [M, num_classes].  A module is copied, put into eval mode and, for 4-d images
-            on the CPU or in half precision, into channels_last; it must not look at other images of its batch.
-        images: float [N, ...], pixels as the model takes them, on any device; moved to the model's.  Noise and radius
-            are about the float32 image: float64 pixels must be float32 numbers.
-        sigma: the noise's standard deviation in pixel units, rounded to float32 (the radius uses the rounded number).
+        model: images [M, ...] -> logits [M, num_classes].  A module is copied, put into eval mode, its batch norms
+            folded, and for 4-d images on the CPU or in half precision put into channels_last; it must not look at
+            other images of its batch.  A module that torch.compile returned is taken as it is.
+        images: [N, ...], pixels as the model takes them, on any device, moved to the model's: a tensor, NumPy array, or
+            DataLoader of (images, labels).  uint8 is divided by 255.  Noise and radius are about the float32 image:
+            float64 pixels must be float32 numbers.
+        sigma: the noise's standard deviation in pixel units, rounded to float32 (the radius uses the rounded number);
+            or one for each image, [N].
         n0, n: selection and estimation samples per image; alpha: failure probability of each certificate.
+        radii: rising; for each image the largest of these that is certified is its radius.
+        tolerance: stop when the radius is known within so much.
+        sides: 2 for R = sigma / 2 (Phi^-1(p_A lower) - Phi^-1(p_B upper)), both at alpha / 2: larger where the votes of
+            the rest are spread over classes, and also where p_A < 1/2.
+        futility: without radii and tolerance, a share of at most so many images that would be certified may be given up
+            early; 0 draws all n for every image.  Certificates issued do not depend on it.
+        noise: "lattice", whose certificates hold in floating point (`ops.lattice_copies`), or "float", the usual one,
+            whose certificates do not.
+        step, offset: of the lattice, one number or one per channel: 1/255 and 0 by default.  For a model that takes
+            (x - mean) / std give 1 / 255 / std and -mean / std.  A step above sigma / 4 is halved until it is not.
+        check: raise where a pixel is not on the lattice, for images that are claimed to be.
         seed: in [0, 2^63); by default from the operating system's entropy.  A seed that an adversary knows while
             choosing the inputs voids the probability statement.
-        dtype: float32 or bfloat16; by default the model's own, and float32 for a float64 model.  The certificate is for
-            the model in that dtype, as torch computes it (on CUDA, TF32 where torch.backends allows it).
-        batch_size: rows a forward pass; by default the fastest of a few, tried on the first samples.  On the CPU
-            certificates do not depend on it; on CUDA the libraries choose kernels by size, and a vote near a tie may
-            change.  (On the CPU the process keeps what memory it has freed, for the next batch.)
+        dtype: float32, bfloat16 or float16; by default the model's own, and float32 for a float64 model.  The
+            certificate is for the model in that dtype, as torch computes it (on CUDA, TF32 where torch.backends allows
+            it).
+        batch_size: rows of every forward pass, the last ones padded; by default the fastest of a few, tried on
+            throw-away noise where that pays.  On the CPU eager certificates do not depend on it from 64 rows on: below,
+            libraries choose other code, and a vote near a tie may change, as on CUDA it may with every size.
+        compile: True to run the model through torch.compile, "auto" where the samples to draw pay for it, False, or
+            "max-autotune".  A compiled model's votes near a tie may differ.
         image_ids: int64 [N], which noise each image gets; by default 0..N-1.
         progress: show a bar with samples a second, images done and time left.
 
@@ -110,85 +148,121 @@ def certify(
             number of classes or NaN.
     """
     seed = secrets.randbits(63) if seed is None else seed
-    count = len(images)
+    images = pixels(images)
+    ids = torch.arange(len(images)) if image_ids is None else image_ids
+    every = torch.arange(len(images))
+    parts = [(sigma, every)]
+    if isinstance(sigma, Tensor) and sigma.dim():
+        if sigma.shape != images.shape[:1]:
+            raise ValueError(f"sigma must be a number or [{len(images)}], one per image, not {tuple(sigma.shape)}")
+        parts = [(float(each), every[sigma.cpu() == each]) for each in sigma.cpu().unique()]
+    laws = tuple(Noise.of(noise, float(each), step, offset) for each, _ in parts)
+    numbers, votes = torch.zeros(3, len(images), dtype=torch.int64), torch.zeros(2, len(images), num_classes).long()
+    reals = torch.zeros(3, len(images), dtype=torch.float64)
     result = Certificates(
-        prediction=torch.full((count,), ABSTAIN),
-        radius=torch.zeros(count, dtype=torch.float64),
-        p_lower=torch.zeros(count, dtype=torch.float64),
-        counts=torch.zeros(count, num_classes, dtype=torch.int64),
-        selection_counts=torch.zeros(count, num_classes, dtype=torch.int64),
-        seed=seed,
-    )
-    for certificate in certify_each(
-        model,
-        images,
-        num_classes=num_classes,
-        sigma=sigma,
-        n0=n0,
-        n=n,
-        alpha=alpha,
-        seed=seed,
-        dtype=dtype,
-        batch_size=batch_size,
-        image_ids=image_ids,
-        progress=progress,
-    ):
-        result.prediction[certificate.index] = certificate.prediction
-        result.radius[certificate.index] = certificate.radius
-        result.p_lower[certificate.index] = certificate.p_lower
-        result.counts[certificate.index] = certificate.counts
-        result.selection_counts[certificate.index] = certificate.selection_counts
+        numbers[0] - 1, reals[0], reals[1], reals[2] + 1, numbers[1], numbers[2], votes[0], votes[1], seed,
+        laws[0] if len(laws) == 1 else laws,
+    )  # fmt: skip
+    for each, part in parts:
+        for found in certify_each(
+            model, images[part], num_classes=num_classes, sigma=float(each), n0=n0, n=n, alpha=alpha, radii=radii,
+            tolerance=tolerance, sides=sides, futility=futility, noise=noise, step=step, offset=offset, check=check,
+            seed=seed, dtype=dtype, batch_size=batch_size, compile=compile, image_ids=ids[part], progress=progress,
+        ):  # fmt: skip
+            at = part[found.index]
+            result.prediction[at], result.radius[at], result.p_lower[at] = found.prediction, found.radius, found.p_lower
+            result.rival_upper[at], result.samples[at], result.voids[at] = found.rival_upper, found.samples, found.voids
+            result.counts[at], result.selection_counts[at] = found.counts, found.selection_counts
     return result
 
 
 def certify_each(
     model: Model,
-    images: Tensor,
+    images: Any,
     *,
     num_classes: int,
     sigma: float,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
     seed: int,
+    n0: float = 100,
+    n: float = 100_000,
+    alpha: float = 0.001,
+    radii: Sequence[float] | None = None,
+    tolerance: float | None = None,
+    sides: int = 1,
+    futility: float = 1e-6,
+    noise: str = "lattice",
+    step: Numbers | None = None,
+    offset: Numbers | None = None,
+    check: bool = False,
     dtype: torch.dtype | None = None,
     batch_size: int | None = None,
+    compile: Compile = "auto",
     image_ids: Tensor | None = None,
     progress: bool = False,
 ) -> Generator[Certificate, None, None]:
-    """The same as `certify`, one image at a time as they are finished, in order; `seed` is needed."""
-    check_arguments(n0, n, alpha, sigma, seed)
-    sampler = Sampler(model, images, num_classes, sigma, seed, dtype, batch_size, image_ids)
-    loop = Certification(len(images), n0, n, alpha, sampler.sigma)
-    for index, selection, estimation, seconds in sampler.run(loop, n0 + n, progress):
-        missing = n0 + n - int(selection.sum() + estimation.sum())
-        if missing:
-            raise ValueError(
-                f"the model returned NaN for {missing} of {n0 + n} noisy copies "
-                f"of image {int(sampler.image_ids[index])}"
-            )
-        prediction, selected, p_lower, radius = loop.issue(selection.numpy(), estimation.numpy())
-        yield Certificate(index, prediction, selected, radius, p_lower, estimation, selection, seconds)
+    """The same as `certify`, one image at a time as they are decided; `seed` is needed, and sigma is one number."""
+    question = Question.of(sigma, n0, n, alpha, radii, tolerance, sides, futility)
+    law = Noise.of(noise, sigma, step, offset)
+    question.rule(law.sigma)  # radii beyond reach are refused before the model is prepared
+    sampler = sampler_of(
+        model, images, num_classes, law, seed, question.n0 + question.likely, dtype=dtype, rows=batch_size,
+        compile=compile, check=check, image_ids=image_ids,
+    )  # fmt: skip
+    yield from certificates(sampler, question, progress)
 
 
-def check_level(n: int, alpha: float, least: float = 1e-200) -> None:
-    """Raises ValueError where there is no Clopper-Pearson bound (see `ops.clopper_pearson_lower`)."""
-    if n >= 2**31:
-        raise ValueError(f"n must be below 2^31, not {n}")
-    if not least <= alpha <= 1 - 2**-20:
-        raise ValueError(f"alpha must be in (0, 1), not {alpha} (at least {least:g}, at most 1 - 2^-20)")
+def certificates(sampler: Sampler, question: Question, progress: bool) -> Generator[Certificate, None, None]:
+    """The answers for a sampler's images, as they are decided."""
+    for index, outcome, seconds in sampler.decide(question.rule(sampler.copies.noise.sigma), progress):
+        yield Certificate.of(index, outcome, seconds)
 
 
-def check_arguments(n0: int, n: int, alpha: float, sigma: float, seed: int) -> None:
-    """Raises ValueError for numbers out of range, or an n at which nothing could be certified, before any sample."""
-    if n < 1 or n0 < 1:
-        raise ValueError(f"n0 and n must be positive, not {n0} and {n}")
-    check_level(n, alpha)
-    positive("sigma", sigma)
+def sampler_of(
+    model: Model | BaseClassifier,
+    images: Any,
+    num_classes: int,
+    noise: Noise,
+    seed: int,
+    samples: int,
+    *,
+    dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    compile: Compile = "auto",
+    check: bool = False,
+    image_ids: Tensor | None = None,
+) -> Sampler:
+    """What draws votes, about `samples` for each image.  Raises ValueError, before any sample."""
     seed_in_range(seed)
-    if n < (enough := smallest_n(alpha)):
-        least, usual = largest_radius(sigma, enough, alpha), largest_radius(sigma, 100_000, alpha)
-        raise ValueError(
-            f"n = {n} is too small to certify anything at alpha = {alpha}: it takes n = {enough}, which reaches "
-            f"radius {least:.4f}; n = 100000 reaches {usual:.4f}"
-        )
+    num_classes = whole("num_classes", num_classes)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, not {num_classes}")
+    images = pixels(images)
+    ids = torch.arange(len(images)) if image_ids is None else image_ids
+    if ids.dtype != torch.int64 or ids.shape != images.shape[:1]:
+        raise ValueError(f"image_ids must be int64 [{len(images)}], not {ids.dtype} {tuple(ids.shape)}")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**48:
+        raise ValueError("image_ids must be in [0, 2^48)")
+    classifier = model if isinstance(model, BaseClassifier) else BaseClassifier(
+        model, images, num_classes, dtype=dtype, rows=rows, compile=compile,
+        samples=len(images) * samples,
+    )  # fmt: skip
+    device = classifier.device
+    return Sampler(classifier, Copies(noise, images.to(device), ids.to(device), seed, check))
+
+
+def pixels(images: Any) -> Tensor:
+    """float32 [N, ...] from a tensor, a NumPy array or a loader of (images, labels).  Raises ValueError."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+    if not isinstance(images, Tensor):
+        if not isinstance(images, Iterable):
+            raise ValueError(f"images must be a tensor, a NumPy array or a loader, not {type(images).__name__}")
+        images = torch.cat([batch[0] if isinstance(batch, list | tuple) else batch for batch in images])
+    if images.dim() < 2 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"images must be float or uint8 [N, ...], not {images.dtype} {tuple(images.shape)}")
+    if images.dtype == torch.float64 and not torch.equal(images.float().double(), images):
+        raise ValueError("float64 images are certified in float32, which does not hold these: give images.float()")
+    images = as_float(images).float()
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("images hold NaN or infinity")
+    return images

@@ -137,8 +137,10 @@ def flips(name: str) -> Callable[[FlipsWhere], None]:
     """A figure as an experiment: its table printed and kept, and a picture per certificate."""
 
     def run(where: FlipsWhere) -> None:
-        given = {"data": where.data, "data_dir": where.data_dir, "download": where.download, "seed": where.seed}
-        curves = reproduce_flips(name, where.work, progress=True, **given)
+        curves = reproduce_flips(
+            name, where.work, data=where.data, data_dir=where.data_dir, download=where.download, seed=where.seed,
+            progress=True,
+        )  # fmt: skip
         print(flips_table(curves))
         here = {"seed": where.seed, "machine": machine(), "date": str(date.today())}
         kept = where.results or Path(where.work) / "results.json"

@@ -38,7 +38,7 @@ from pacd_fast.labelflips.rules import exact_flips, kl_flips, losing_tail
 
 __all__ = ["CERTIFICATES", "FlipCertificates", "LabelFlipCertifier"]
 
-CERTIFICATES = ("kl", "exact", "whitebox", "ridge")
+CERTIFICATES: tuple[str, ...] = ("kl", "exact", "whitebox", "ridge")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Imports `arguments`, `files`, `randomness` and `ops`.
 """
 
 from pacd_fast.networks.checkpoints import Checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from pacd_fast.networks.folding import fold_batch_norm
 from pacd_fast.networks.layers import conv2d, convolution
 from pacd_fast.networks.models import (
     BUILT_IN,
@@ -31,6 +32,7 @@ __all__ = [
     "conv2d",
     "convolution",
     "fingerprint",
+    "fold_batch_norm",
     "load_checkpoint",
     "save_checkpoint",
 ]

@@ -105,12 +105,13 @@ class ConvNet(nn.Module):
         return logits
 
 
-def _convolved(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _convolved(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(convolution(x)); in eval mode, where norm is affine, as one convolution with scaled filters.
 
-    The same function up to rounding, with the same derivatives.  Batch norm in eval mode was a fifth of a pass.
+    The same function up to rounding, with the same derivatives.  Batch norm in eval mode was a fifth of a pass.  A norm
+    that was folded already is nn.Identity.
     """
-    if norm.training:
+    if norm.training or not isinstance(norm, nn.BatchNorm2d):
         result: Tensor = norm(layers.convolution(convolution, x))
         return result
     assert norm.running_mean is not None and norm.running_var is not None
@@ -120,7 +121,7 @@ def _convolved(convolution: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tenso
     return layers.conv2d(x, filters, shift.to(filters.dtype), convolution.stride, convolution.padding)
 
 
-class _ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, added to their input: ``relu(x' + bn2(conv2(relu(bn1(conv1(x))))))``.
 
     x' is x, or a strided 1x1 convolution of it where the shape changes.
@@ -137,6 +138,11 @@ class _ResidualBlock(nn.Module):
             if stride == 1 and inputs == outputs
             else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
         )
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of convolutions and the batch norms that follow them."""
+        pairs = [("conv1", "bn1"), ("conv2", "bn2")]
+        return pairs if isinstance(self.downsample, nn.Identity) else [*pairs, ("downsample.0", "downsample.1")]
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(_convolved(self.conv1, self.bn1, x), inplace=True)
@@ -165,8 +171,8 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
 
         def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-            first = _ResidualBlock(inputs, outputs, stride)
-            return nn.Sequential(first, *(_ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+            first = ResidualBlock(inputs, outputs, stride)
+            return nn.Sequential(first, *(ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
         self.layer1 = stage(16, 16, 1)
         self.layer2 = stage(16, 32, 2)
@@ -175,6 +181,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Names of convolutions and the batch norms that follow them, those of the blocks aside."""
+        return [("conv1", "bn1")]
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(_convolved(self.conv1, self.bn1, x), inplace=True)

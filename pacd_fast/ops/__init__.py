@@ -9,8 +9,8 @@ ValueError.  Imports nothing of the package but its compiled libraries.
 from pacd_fast.ops.bounds import clopper_pearson_lower, clopper_pearson_upper, normal_quantile
 from pacd_fast.ops.chernoff import chernoff_newton, chernoff_newton_pairs
 from pacd_fast.ops.convolution import convolve3x3, narrow_grad
-from pacd_fast.ops.lattice import lattice_copies, lattice_step, require_on_lattice
-from pacd_fast.ops.libraries import FLOATS, cuda_library, transformed
+from pacd_fast.ops.lattice import STEP, lattice_copies, lattice_of, lattice_step, require_on_lattice
+from pacd_fast.ops.libraries import FLOATS, cuda_library, operators, transformed
 from pacd_fast.ops.noise import noisy_copies
 from pacd_fast.ops.pooling import max_pool_relu
 from pacd_fast.ops.soft import soft_radius, soft_smooth
@@ -18,6 +18,7 @@ from pacd_fast.ops.votes import add_votes_, tally_votes
 
 __all__ = [
     "FLOATS",
+    "STEP",
     "add_votes_",
     "chernoff_newton",
     "chernoff_newton_pairs",
@@ -26,11 +27,13 @@ __all__ = [
     "convolve3x3",
     "cuda_library",
     "lattice_copies",
+    "lattice_of",
     "lattice_step",
     "max_pool_relu",
     "narrow_grad",
     "noisy_copies",
     "normal_quantile",
+    "operators",
     "require_on_lattice",
     "soft_radius",
     "soft_smooth",

@@ -25,7 +25,7 @@ def clopper_pearson_lower(k: Tensor, n: Tensor | int, alpha: Tensor | float) -> 
     """The one-sided Clopper-Pearson lower bound of a proportion at level 1 - alpha, rounded down.
 
     The p with P(Binomial(n, p) >= k) = alpha, ``scipy.stats.beta.ppf(alpha, k, n - k + 1)``; 0 where k = 0.  Never
-    above the exact bound and within 2 ULP of it (Clopper and Pearson 1934).
+    above the exact bound and within 2 ULP of it (Clopper and Pearson 1934), the same bits on every device.
 
     Args:
         k: int64, any shape, 0 <= k <= n; n: 1 <= n < 2^31 and alpha: 1e-200 <= alpha <= 1 - 2^-20, numbers or tensors

@@ -83,6 +83,19 @@ def _require_range(x: Tensor, sigma: float, steps: Tensor, offsets: Tensor) -> N
         )
 
 
+def lattice_of(
+    x: Tensor, sigma: float, step: float | Sequence[float] | Tensor, offset: float | Sequence[float] | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Step and offset as the operators take them, float64 [1] or [channels] on x's device, checked once for all of x.
+
+    Raises ValueError as `lattice_copies` does; on CUDA it waits for x.
+    """
+    steps, offsets = _lattice(x, step, offset)
+    if x.numel():
+        _require_range(x, sigma, steps, offsets)
+    return steps, offsets
+
+
 def require_on_lattice(
     x: Tensor, step: float | Sequence[float] | Tensor, offset: float | Sequence[float] | Tensor | None = None
 ) -> None:

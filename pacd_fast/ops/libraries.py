@@ -1,7 +1,11 @@
-"""The compiled libraries: finding and loading them, and the checks that every operator begins with."""
+"""The compiled libraries: finding and loading them, and the checks that every operator begins with.
+
+With PACD_CUDA_SYNC=1 in the environment every CUDA kernel is waited for, and an error says in which one it happened.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ import pacd_fast
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SOFT_FLOATS = (*FLOATS, torch.float64)
+DRIVERS = {12: 525, 13: 580}  # the first driver for each major version of CUDA
 REBUILD = "build it with: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -29,7 +34,7 @@ def _library(name: str) -> Path | None:
     return None
 
 
-def _load(name: str) -> None:
+def _load(name: str) -> Path:
     path = _library(name)
     if path is None:
         raise ImportError(f"pacd_fast's library {name}.so is not in {list(pacd_fast.__path__)}; {REBUILD}")
@@ -39,6 +44,29 @@ def _load(name: str) -> None:
         raise ImportError(
             f"pacd_fast's library {path} does not load beside torch {torch.__version__} ({error}); {REBUILD}"
         ) from error
+    return path
+
+
+def driver_problem(driver: int, runtime: int) -> str | None:
+    """Why a driver cannot run a library, from the CUDA version that it supports and that of the library's runtime, each
+    as 1000 * major + 10 * minor; None where it can, or where there is no driver (0) and so no card."""
+    has, needs = driver // 1000, runtime // 1000
+    if driver == 0 or has >= needs:
+        return None
+    remedy = f"a driver >= {DRIVERS[needs]}" if needs in DRIVERS else "a newer driver"
+    return (
+        f"not usable: the driver supports CUDA {has}.{driver % 1000 // 10} and the library needs {needs}.0; "
+        f"install {remedy} or build with nvcc {has}.x"
+    )
+
+
+def cuda_versions(path: Path) -> tuple[int, int]:
+    """The CUDA versions of (the driver, the library's runtime), as `driver_problem` takes them."""
+    library = ctypes.CDLL(str(path))
+    try:
+        return library.pacd_cuda_driver(), library.pacd_cuda_runtime()
+    except AttributeError as error:
+        raise ImportError(f"pacd_fast's library {path} is of an older version ({error}); {REBUILD}") from error
 
 
 def _load_cuda() -> str:
@@ -46,9 +74,8 @@ def _load_cuda() -> str:
     if torch.version.cuda is None:
         return f"not loaded: torch {torch.__version__} has no CUDA"
     if _library("pacd_ops_cuda") is None:
-        return f"not built: no nvcc was found when pacd_fast was built; with nvcc on PATH, {REBUILD}"
-    _load("pacd_ops_cuda")
-    return "loaded"
+        return f"not built: no nvcc 12 or later was found when pacd_fast was built; with one on PATH, {REBUILD}"
+    return driver_problem(*cuda_versions(_load("pacd_ops_cuda"))) or "loaded"
 
 
 _load("pacd_ops")
