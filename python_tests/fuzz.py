@@ -1,8 +1,8 @@
 """A seeded fuzzer of what the commands read and write: python python_tests/fuzz.py --inputs 20000 --seed 1
 
 Every input runs in a process of its own, forked from one that has everything imported, with 1 GiB more memory than that
-and 10 seconds of a core.  It must end with 0 or 2, say no more than one line besides notes, run nothing that a file carries, and
-leave every file as it was, but for its --out where it ended with 0.
+and 10 seconds of a core.  It must end with 0 or 2, say no more than one line besides notes, run nothing that a file
+carries, and leave every file as it was, but for its --out where it ended with 0.
 """
 
 from __future__ import annotations
@@ -256,12 +256,11 @@ def prepare(folder: Path, good: Path, draw: random.Random) -> tuple[list[str], i
     return [word.replace("{}", hostile.name) for word in words], most
 
 
-def child(folder: Path, words: list[str], most: int | None) -> None:
+def child(folder: Path, words: list[str], most: int | None, said: int) -> None:
     """Runs the command in this process, and ends it."""
     status = 99
     try:
         os.chdir(folder)
-        said = os.open("../said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         os.dup2(1, 0)
@@ -281,18 +280,31 @@ def child(folder: Path, words: list[str], most: int | None) -> None:
         os._exit(status)
 
 
-def trial(work: Path, good: Path, number: int, seed: int) -> str | None:
-    """What was wrong with one input; None where it was taken as it should be."""
-    draw = random.Random(f"{seed}/{number}")
+def fresh(work: Path, good: Path) -> Path:
+    """The folder in which one input is tried."""
     folder = work / "here"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
+    return folder
+
+
+def ended(folder: Path, words: list[str], most: int | None) -> tuple[int, str]:
+    """The exit code of a command, and what it said on stderr."""
+    listen, speak = os.pipe()  # not a file, whose size may be limited
+    if (pid := os.fork()) == 0:
+        child(folder, words, most, speak)
+    os.close(speak)
+    with open(listen, encoding="utf-8", errors="replace") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def trial(work: Path, good: Path, number: int, seed: int) -> str | None:
+    """What was wrong with one input; None where it was taken as it should be."""
+    draw, folder = random.Random(f"{seed}/{number}"), fresh(work, good)
     words, most = prepare(folder, good, draw)
     before = contents(folder)
-    if (pid := os.fork()) == 0:
-        child(folder, words, most)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    said = (work / "said").read_text(encoding="utf-8", errors="replace")
+    code, said = ended(folder, words, most)
     lines = [line for line in said.splitlines() if line.strip() and "%|" not in line]
     lines = [line for line in lines if line.startswith("pacd-fast ") or not line.startswith("hostile.")]
     after = contents(folder)
@@ -330,6 +342,10 @@ def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> tuple[int, l
             make(good)
         os.chdir(before)
         shutil.rmtree(good / "__pycache__", ignore_errors=True)
+        for name, commands in COMMANDS.items():  # what is good is taken, else nothing that follows means anything
+            words = commands[-1].replace("{}", name).split()
+            code, said = ended(fresh(work, good), words, None)
+            assert code == 0, f"{' '.join(words)} ended with {code}: {said}"
         for number in range(first, first + inputs):
             if time.monotonic() > end:
                 break

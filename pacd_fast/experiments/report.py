@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pacd_fast.certification import ABSTAIN, Results, largest_radius, read_results, round_down, summarize
+from pacd_fast.certification import ABSTAIN, Results, largest_radius, read_results, rounded, summarize
 from pacd_fast.data import Dataset, as_float
 from pacd_fast.experiments import page, plots
 from pacd_fast.experiments.record import machine
@@ -68,10 +68,10 @@ def _certified(certified: Mapping[str, Results]) -> list[str]:
     for name, results in certified.items():
         found = summarize(results, radii)
         quantiles = found.p_lower_quantiles or {}
-        row = {"": name, "images": found.images, "ACR": round_down(found.acr, 4), "ACA, %": f"{100 * found.aca:.2f}"}
+        row = {"": name, "images": found.images, "ACR": rounded(found.acr, 4), "ACA, %": f"{100 * found.aca:.2f}"}
         row |= {"clean accuracy, %": f"{100 * found.clean_accuracy:.2f}", "abstained": found.abstentions}
         row |= {f"at {r:g}, %": f"{100 * a:.1f}" for r, a in zip(radii, found.certified_accuracy, strict=True)}
-        rows.append(row | ({"median p_A": round_down(quantiles[0.5], 4)} if 0.5 in quantiles else {}))
+        rows.append(row | ({"median p_A": rounded(quantiles[0.5], 4)} if 0.5 in quantiles else {}))
     parts = [page.heading("Certificates"), page.table(rows)]
     parts.append(page.note("ACR: average certified radius, 0 where wrong or abstained; ACA: share with a radius."))
     curves, limits = {}, set()
@@ -119,7 +119,7 @@ def _examples(name: str, results: Results, data: Dataset | None, count: int) -> 
     def said(row: int) -> str:
         label, predict = (names[i] if i < len(names) else str(i) for i in (results.label[row], results.predict[row]))
         predict = "abstains" if results.predict[row] == ABSTAIN else f"as {predict}"
-        return f"{results.idx[row]}: {label} {predict}, radius {round_down(results.radius[row], 3)}"
+        return f"{results.idx[row]}: {label} {predict}, radius {rounded(results.radius[row], 3)}"
 
     for what, rows in groups.items():
         if len(rows):
