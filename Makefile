@@ -2,6 +2,7 @@
 #   make demo    train, certify, summarise, plot          make bench   the speed tables
 #   make test    the whole test suite                     make lint    ruff and mypy
 #   make gpu     on a machine with a CUDA card: the tests that need one, compute-sanitizer where it is, the speed tables
+#   make wheel   for any torch from 2.11 on, in dist      make wheel-test   its operators beside the newest torch
 # Other versions:  make test VENV=.venv-2.11 TORCH="torch==2.11.0 torchvision==0.26.0"
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO := demo-out
 SOURCES := $(wildcard csrc/*.* csrc/*/*.h cmake/*) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench gpu lint sanitize clean
+.PHONY: demo test bench gpu lint wheel wheel-test sanitize clean
 
 # The Python files are used in place; only a change of the compiled sources or of the dependencies installs again.
 $(BIN)/.installed: $(SOURCES)
@@ -23,11 +24,12 @@ $(BIN)/.installed: $(SOURCES)
 
 demo: $(BIN)/.installed
 	mkdir -p $(DEMO)
-	rm -f $(DEMO)/results.tsv
+	rm -f $(DEMO)/model.safetensors $(DEMO)/results.tsv $(DEMO)/curve.png $(DEMO)/report.html
 	$(BIN)/pacd-fast train --model mnist-cnn --data mnist5k --method gaussian --sigma 0.5 --epochs 20 --out $(DEMO)/model.safetensors
 	$(BIN)/pacd-fast certify --checkpoint $(DEMO)/model.safetensors --data mnist5k --split test --count 20 --n 100000 --out $(DEMO)/results.tsv
 	$(BIN)/pacd-fast summary $(DEMO)/results.tsv
 	$(BIN)/pacd-fast plot $(DEMO)/results.tsv --title "MNIST CNN, sigma 0.5, n = 100 000" --out $(DEMO)/curve.png
+	$(BIN)/pacd-fast report $(DEMO)/results.tsv --data mnist5k --out $(DEMO)/report.html
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest
@@ -68,5 +70,26 @@ sanitize: $(BIN)/.installed
 	  $(CURDIR)/python_tests/test_ops.py $(CURDIR)/python_tests/test_bounds.py \
 	  $(CURDIR)/python_tests/test_layers.py
 
+# One wheel for every torch from the oldest that is promised on: built beside that one, which is not imported and needs
+# nothing of what it depends on; tested beside TORCH, by default the newest, where the wheel alone is installed.
+OLDEST ?= torch==2.11.0
+WHEEL := $(CURDIR)/build/wheel
+wheel:
+	rm -rf $(WHEEL) dist
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --no-deps "$(OLDEST)"
+	$(WHEEL)/bin/python -m pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" ninja cmake
+	PATH=$(WHEEL)/bin:$$PATH $(WHEEL)/bin/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist . \
+	  -C build-dir=$(WHEEL)/objects
+
+wheel-test: wheel
+	rm -rf $(WHEEL)-test
+	$(PYTHON) -m venv $(WHEEL)-test
+	$(WHEEL)-test/bin/python -m pip install --quiet $(TORCH) pytest mpmath dist/pacd_fast-*.whl
+	cd $(WHEEL)-test && bin/python -c "import torch, pacd_fast; print('torch', torch.__version__, pacd_fast.__file__); \
+	  assert pacd_fast.__file__.startswith('$(WHEEL)-test')" && \
+	  bin/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(CURDIR)/python_tests/test_ops.py $(CURDIR)/python_tests/test_bounds.py $(CURDIR)/python_tests/test_layers.py
+
 clean:
-	rm -rf build $(DEMO) $(VENV)
+	rm -rf build dist $(DEMO) $(VENV)

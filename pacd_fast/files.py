@@ -25,6 +25,7 @@ __all__ = [
     "AnotherRun",
     "append_line",
     "check_expansion",
+    "claimed",
     "keep_lines",
     "load_tensors",
     "locked",
@@ -174,6 +175,13 @@ def partial(path: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+@contextlib.contextmanager
+def claimed(path: str | os.PathLike[str], *, force: bool = False, resume: bool = False) -> Iterator[Path]:
+    """`new_file`, and nobody else writes it meanwhile."""
+    with locked(path):
+        yield new_file(path, force=force, resume=resume)
+
+
 def new_file(path: str | os.PathLike[str], *, force: bool = False, resume: bool = False) -> Path:
     """The path of a result that is to be written and that is not there yet; with force it may be.
 
@@ -181,7 +189,7 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False, resume: bool 
     Raises ValueError, and as `writable`.
     """
     path = writable(path)
-    if path.exists() and not force:
+    if path.exists() and not force and not (resume and partial(path).exists()):
         raise ValueError(f"{path} exists already: choose another name, or give --force to write it anew")
     if partial(path).exists() and not force and not resume:
         raise ValueError(

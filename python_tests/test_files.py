@@ -129,6 +129,8 @@ def test_what_is_there_is_not_written_over(tmp_path):
         files.new_file(path)
     assert files.new_file(path, resume=True) == files.new_file(path, force=True) == path
     path.touch()
+    assert files.new_file(path, resume=True) == path  # a run that was to write it anew
+    files.partial(path).unlink()
     for resume in (False, True):
         with pytest.raises(ValueError, match="exists already"):
             files.new_file(path, resume=resume)

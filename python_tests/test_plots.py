@@ -47,7 +47,7 @@ def step_before(x, corners, heights):
     "result", [many(), results([0.5, 0.5, 0.5, 1.0], [1, 1, 0, 1]), results([0.0, 0.0], [1, 0]), results([1.0], [0])]
 )
 def test_the_curve_is_the_certified_accuracy_at_every_radius(result):
-    corners, heights = plots._curve(result)
+    corners, heights = plots.steps(result)
     assert len(corners) == len(heights)
     assert heights[-1] == 0
     radii = np.unique(np.concatenate([result.radius, result.radius + 1e-9, np.linspace(0.001, 3, 77)]))
@@ -87,7 +87,7 @@ def test_what_is_in_the_picture(monkeypatch, tmp_path):
     assert labels[1].startswith("published (ACR ")
     assert labels[2] == "largest radius at this n"
     assert curves.lines[0].get_drawstyle() == "steps-pre"  # what step_before models
-    assert np.array_equal(curves.lines[0].get_xydata(), np.stack(plots._curve(many()), axis=1))
+    assert np.array_equal(curves.lines[0].get_xydata(), np.stack(plots.steps(many()), axis=1))
     assert len(bounds.lines) == 2  # one distribution, and the line at 1/2
     assert bounds.lines[0].get_xdata()[1] == pytest.approx(0.3)
     assert figure.get_suptitle() == "MNIST"
@@ -103,8 +103,14 @@ def test_without_bounds_there_is_one_panel(monkeypatch, tmp_path):
 
 
 def test_many_lines_are_told_apart(monkeypatch, tmp_path):
-    figure = drawn(monkeypatch, tmp_path, {f"run {i}": many(i, None) for i in range(12)})
-    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 12
+    figure = drawn(monkeypatch, tmp_path, {f"run {i}": many(i, None) for i in range(13)})
+    axes = figure.axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 13
+    figure.canvas.draw()
+    assert axes.get_legend() is None and len(figure.legends[0].get_texts()) == 13
+    legend, size = figure.legends[0].get_window_extent(), figure.bbox
+    assert legend.x0 >= axes.get_window_extent().x1, "the legend lies over the lines"
+    assert legend.x1 <= size.x1 and legend.y0 >= size.y0, "the legend leaves the picture"
 
 
 def test_all_wrong_is_drawn_too(tmp_path):

@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
 import pacd_fast
-from pacd_fast.cli import audit, certify, evaluate, info, labelflip, poison, reproduce, summary, train
+from pacd_fast.arguments import number, one_line, whole_number
+from pacd_fast.cli import audit, certify, evaluate, info, labelflip, poison, report, reproduce, summary, train
 from pacd_fast.cli.flags import Help
 
 __all__ = ["main", "parser"]
 
-_COMMANDS = (train, certify, evaluate, poison, audit, summary, labelflip, reproduce, info)
+_COMMANDS = (train, certify, evaluate, poison, audit, summary, report, labelflip, reproduce, info)
 
 _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("train", "poison"), "; run the same command again with --resume to go on"),
@@ -26,9 +29,43 @@ _AGAIN = {  # commands that keep what they have done
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors of one line; and where a command takes files, a flag of several numbers ends at the first other word."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        if any(not action.option_strings and action.nargs == "+" for action in self._actions):
+            for action in self._actions:
+                if action.nargs == "+" and action.type in (number, whole_number):
+                    words = _numbers_last(words, action.option_strings)
+        return super().parse_known_args(words, namespace)
+
+
+def _numbers_last(words: list[str], flags: Sequence[str]) -> list[str]:
+    """["--radii", "0.5", "1", "file"] -> ["file", "--radii", "0.5", "1"]."""
+    start = next((i for i, word in enumerate(words) if word in flags), None)
+    if start is None or "--" in words:
+        return words
+    end = start + 1
+    while end < len(words) and _is_number(words[end]):
+        end += 1
+    return words[:start] + words[end:] + words[start:end] if end > start + 1 else words
+
+
+def _is_number(text: str) -> bool:
+    try:
+        number(text)
+    except ValueError:
+        return False
+    return True
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; every command's function is its `run`."""
-    top = argparse.ArgumentParser(prog="pacd-fast", description=pacd_fast.__doc__)
+    top = _Parser(prog="pacd-fast", description=pacd_fast.__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
 
     def add(name, run, text):
@@ -46,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141, as shells have it, where the reader of its output has gone.
     """
-    sys.path.append(os.getcwd())  # a user's package.module:function lies where the command is run
+    with contextlib.suppress(FileNotFoundError):  # the folder may be gone
+        sys.path.append(os.getcwd())  # a user's package.module:function lies where the command is run
     options = parser().parse_args(arguments)
     try:
         status = options.run(options) or 0
@@ -70,5 +108,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or ''}: {error.strerror}".lstrip(": ")
-    return " ".join(str(error).split()) or type(error).__name__
+        return one_line(f"{error.filename or ''}: {error.strerror}".lstrip(": "))
+    return one_line(error) or type(error).__name__

@@ -90,6 +90,12 @@ def load_data(options: argparse.Namespace, validation: int | None = None, train_
     )
 
 
+def add_out(parser: argparse._ActionsContainer, text: str) -> None:
+    """--out, and --force without which nothing is overwritten; see `files.claimed`."""
+    parser.add_argument("--out", required=True, help=text)
+    parser.add_argument("--force", action="store_true", help="write --out anew where it is there already")
+
+
 def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:
     parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from pacd_fast.arguments import number, whole_number, writable
-from pacd_fast.cli.flags import Help, add_data, add_device, add_fields, device_of, given, load_data
-from pacd_fast.data import Dataset
+from pacd_fast.arguments import number, whole_number
+from pacd_fast.cli.flags import Help, add_data, add_device, add_fields, add_out, device_of, given, load_data
+from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments import plots
+from pacd_fast.files import claimed, new_file, partial
 from pacd_fast.poisoning import (
     NORMS,
     PRESETS,
@@ -21,6 +22,7 @@ from pacd_fast.poisoning import (
     Poison,
     Preset,
     Recipe,
+    choose,
     metapoison,
     pacd,
     random,
@@ -50,7 +52,7 @@ def add_commands(add: Any) -> None:
         else:
             _add_of_class(sub, name)
         add_device(sub)
-        sub.add_argument("--out", required=True, help="poison file to write (.npz); its picture lies beside it (.png)")
+        add_out(sub, "poison file to write (.npz); its picture lies beside it (.png)")
 
 
 def _by_preset(text: str, name: str) -> str:
@@ -127,19 +129,26 @@ def targets_of(numbers: list[int], target_class: int | None, data: Dataset) -> t
 
 
 def run(options: argparse.Namespace) -> None:
-    out = writable(options.out)
+    out = Path(options.out)
     if options.norm == "linf" and options.epsilon is not None and options.epsilon > 1:
         raise ValueError(f"--epsilon is in pixels from 0 to 1, not {options.epsilon:g}: 16/255, say")
     if out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, not {out.name!r}")
-    device = device_of(options.device)
+    resume = getattr(options, "resume", False)
+    new_file(out.with_suffix(".png"), force=options.force or resume)
+    with claimed(out, force=options.force, resume=resume):
+        _craft(options, device_of(options.device), out)
+
+
+def _craft(options: argparse.Namespace, device: torch.device, out: Path) -> None:
     if options.attack == "metapoison":
         _run_metapoison(options, load_data(options), device, out)
         return
     default = {"cifar10": "cifar10", "mnist5k": "mnist-small"}.get(Path(options.data).stem, "mnist")
     preset = PRESETS[options.preset or default]
-    embedded = Path(options.data).stem == "mnist5k"
-    data = load_data(options, 500 if embedded else preset.validation, None if embedded else preset.train_images)
+    data = load_dataset(options.data, data_dir=options.data_dir, download=options.download)
+    validation, kept = preset.sizes(len(data.x_train), options.validation)
+    data = data.held_out(validation, kept if options.train_images is None else options.train_images)
     target_class = data.class_index(options.target_class)
     ball = Ball(preset.epsilon if options.epsilon is None else options.epsilon, options.norm)
     fraction, seed = options.fraction, options.seed
@@ -151,7 +160,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         poison = _bilevel(options, data, preset, target_class, ball, device, out)
     poison.save(out)
-    _partial(out).unlink(missing_ok=True)
+    partial(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")
     plots.poison(poison, data, picture)
     used = poison.distortion(data)
@@ -169,10 +178,6 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
 def _bilevel(
     options: argparse.Namespace, data: Dataset, preset: Preset, target_class: int, ball: Ball, device: torch.device,
     out: Path,
@@ -187,13 +192,20 @@ def _bilevel(
     if options.model is not None:
         chosen["model"] = options.model
     targets = None if options.targets is None else tuple(options.targets)
+    fraction = options.fraction if options.fraction is not None else 0.01 if targets else 1.0
+    poisons = len(choose(data, target_class, fraction, targets, options.seed))
+    there = {"poison_batch": poisons, "clean_batch": len(data.x_train) - poisons}
+    fitting = {name: count for name, count in there.items() if 0 < count < getattr(preset.recipe, name)}
+    recipe = {**fitting, **given(Recipe, options)}
+    if smaller := [f"--{name.replace('_', '-')} {recipe[name]}" for name in fitting]:
+        print(f"few images: {', '.join(smaller)}", file=sys.stderr)
     attack = preset.attack(
         options.loss if options.attack == "pacd" else "standard",
         data.name,
         target_class,
-        recipe=given(Recipe, options),
+        recipe=recipe,
         ball=ball,
-        fraction=options.fraction if options.fraction is not None else 0.01 if targets else 1.0,
+        fraction=fraction,
         targets=targets,
         seed=options.seed,
         **chosen,
@@ -202,7 +214,7 @@ def _bilevel(
         data,
         attack,
         device=device,
-        checkpoint=_partial(out),
+        checkpoint=partial(out),
         resume=options.resume,
         metrics=options.metrics,
         progress=True,
@@ -223,9 +235,9 @@ def _run_metapoison(options: argparse.Namespace, data: Dataset, device: torch.de
         **fields,
     )
     attack.chosen(data)
-    poison = metapoison(data, attack, device=device, checkpoint=_partial(out), resume=options.resume, progress=True)
+    poison = metapoison(data, attack, device=device, checkpoint=partial(out), resume=options.resume, progress=True)
     poison.save(out)
-    _partial(out).unlink(missing_ok=True)
+    partial(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")
     plots.poison(poison, data, picture)
     last = poison.settings["history"][-1]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from pacd_fast.arguments import at_least, number, whole_number
-from pacd_fast.cli.flags import add_data, add_device, add_fields, device_of, given, load_data
+from pacd_fast.cli.flags import add_data, add_device, add_fields, add_out, device_of, given, load_data
+from pacd_fast.files import claimed
 from pacd_fast.poisoning import Poison
 from pacd_fast.tables import mean_and_deviation
 from pacd_fast.training import Training, correct, hyperparameters, numbered, train
@@ -35,21 +39,29 @@ def add_commands(add: Any) -> None:
     add_device(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the last epoch of an interrupted run")
     sub.add_argument("--metrics", help="write a JSON line per epoch to this file")
-    sub.add_argument("--out", required=True, help="checkpoint to write (.safetensors)")
+    add_out(sub, "checkpoint to write (.safetensors)")
 
 
 def run(options: argparse.Namespace) -> None:
+    at_least("--seeds", options.seeds, 1)
+    seeds = range(options.seed, options.seed + options.seeds)
+    outs = [options.out if len(seeds) == 1 else numbered(options.out, seed) for seed in seeds]
+    with ExitStack() as held:  # all of them before any training; what --resume finds whole is looked at then
+        for out in outs:
+            held.enter_context(claimed(out, force=options.force or options.resume, resume=options.resume))
+        _train(options, dict(zip(seeds, outs, strict=True)))
+
+
+def _train(options: argparse.Namespace, outs: Mapping[int, str | Path]) -> None:
     device, data = device_of(options.device), load_data(options)
     if options.poison is not None:
         data = Poison.load(options.poison).apply(data)
-    at_least("--seeds", options.seeds, 1)
     settings = Training(hyperparameters=hyperparameters_given(options), **given(Training, options))
     accuracies = []
-    for seed in range(options.seed, options.seed + options.seeds):
-        out, metrics = (
-            path if path is None or options.seeds == 1 else numbered(path, seed)
-            for path in (options.out, options.metrics)
-        )
+    for seed, out in outs.items():
+        metrics = options.metrics
+        if metrics is not None and len(outs) > 1:
+            metrics = numbered(metrics, seed)
         network = train(
             out, data, settings, seed=seed, device=device, resume=options.resume, metrics=metrics, progress=True
         )

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pacd_fast.arguments import writable
 from pacd_fast.certification import Results, largest_radius, summarize
 from pacd_fast.data import as_float
 from pacd_fast.files import replaced
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pacd_fast.poisoning import Poison
 
 # Okabe and Ito's palette, told apart by colour-blind readers; after it come other dashes.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", "-.")
 
 
@@ -35,9 +36,7 @@ def _figure(out_path: str | os.PathLike[str], size: tuple[float, float]) -> Figu
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    out_path = Path(out_path)
-    if not out_path.parent.is_dir():
-        raise FileNotFoundError(f"{out_path}: the folder {out_path.parent} does not exist; create it first")
+    out_path = writable(out_path)
     figure = Figure(figsize=size, layout="constrained")
     if out_path.suffix[1:].lower() not in FigureCanvasAgg(figure).get_supported_filetypes():
         raise ValueError(f"{out_path}: unknown kind of picture {out_path.suffix!r}; name it .png, .pdf or .svg")
@@ -68,15 +67,14 @@ def certified_accuracy(
     figure = _figure(out_path, (7.2 if with_bounds else 4.8, 3.2))
 
     styles = {
-        name: (_COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
-        for i, name in enumerate(results)
+        name: (COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]) for i, name in enumerate(results)
     }
     if with_bounds:
         curves, bounds = figure.subplots(1, 2, width_ratios=(2.1, 1))
         _draw_bounds(bounds, with_bounds, styles)
     else:
         curves = figure.subplots()
-    _draw_curves(curves, results, styles)
+    _draw_curves(figure, curves, results, styles)
     if title is not None:
         figure.suptitle(title, fontsize=11)
     _save(figure, out_path, 200)
@@ -107,14 +105,14 @@ def flip_curves(
     axes = figure.subplots()
     right = 1.0
     for i, (name, (flips, accuracy)) in enumerate(curves.items()):
-        colour, dash = _COLOURS[i % (len(_COLOURS) - 1)], _DASHES[i // (len(_COLOURS) - 1) % len(_DASHES)]
-        steps, heights = _flip_steps(flips, accuracy)
+        colour, dash = COLOURS[i % (len(COLOURS) - 1)], _DASHES[i // (len(COLOURS) - 1) % len(_DASHES)]
+        steps, heights = flip_steps(flips, accuracy)
         right = max(right, float(steps[-1]))
         axes.plot(steps, heights, dash, color=colour, drawstyle="steps-pre", linewidth=1.4, label=name)
         axes.axhline(accuracy, color=colour, linestyle=(0, (4, 4)), linewidth=0.8, alpha=0.7)
     if attacked is not None:
         correct = attacked >= 0
-        steps, heights = _flip_steps(attacked[correct], float(correct.mean()))
+        steps, heights = flip_steps(attacked[correct], float(correct.mean()))
         axes.plot(steps, heights, color="black", drawstyle="steps-pre", linewidth=1.2, label="undefended, attacked")
     axes.axhline(constant, color="black", linestyle=":", linewidth=1.1, label="constant classifier")
     axes.set_xlim(0, right * 1.02)
@@ -127,14 +125,7 @@ def flip_curves(
     )
     share.set_xlabel("percent of the training labels")
     axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(
-        fontsize=7,
-        frameon=True,
-        framealpha=0.9,
-        edgecolor="none",
-        title="dashed: non-robust accuracy",
-        title_fontsize=7,
-    )
+    _legend(figure, axes, 7, title="dashed: non-robust accuracy")
     if title is not None:
         figure.suptitle(title, fontsize=11)
     _save(figure, out_path, 200)
@@ -203,7 +194,7 @@ def bars(
         values = [np.asarray(group[kind], dtype=float) for group in groups.values() if kind in group]
         spread = [float(v.std(ddof=1)) if len(v) > 1 else 0.0 for v in values]
         means = [float(v.mean()) for v in values]
-        axes.bar(places, means, 0.92 * width, yerr=spread, capsize=2, color=_COLOURS[i % len(_COLOURS)], label=kind)
+        axes.bar(places, means, 0.92 * width, yerr=spread, capsize=2, color=COLOURS[i % len(COLOURS)], label=kind)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -217,7 +208,7 @@ def bars(
     _save(figure, out_path, 200)
 
 
-def _flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndarray]:
+def flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndarray]:
     """Corners of the step curve: up to steps[i] flips, a share heights[i] is right and certified."""
     steps = np.sort(np.asarray(flips, dtype=float))
     heights = accuracy * np.arange(len(steps), 0, -1) / max(len(steps), 1)
@@ -226,12 +217,14 @@ def _flip_steps(flips: np.ndarray, accuracy: float) -> tuple[np.ndarray, np.ndar
     )
 
 
-def _draw_curves(axes: Axes, results: Mapping[str, Results], styles: Mapping[str, tuple[str, str]]) -> None:
+def _draw_curves(
+    figure: Figure, axes: Axes, results: Mapping[str, Results], styles: Mapping[str, tuple[str, str]]
+) -> None:
     limits: dict[float, str] = {}
     right = 0.0
     for name, result in results.items():
         colour, dash = styles[name]
-        radii, accuracy = _curve(result)
+        radii, accuracy = steps(result)
         right = max(right, radii[-1])
         label = f"{name} (ACR {summarize(result).acr:.3f})"
         axes.plot(radii, accuracy, dash, color=colour, drawstyle="steps-pre", linewidth=1.4, label=label)
@@ -249,7 +242,20 @@ def _draw_curves(axes: Axes, results: Mapping[str, Results], styles: Mapping[str
     axes.set_ylabel("certified accuracy")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+    _legend(figure, axes, 8, loc="lower left")
+
+
+def _legend(figure: Figure, axes: Axes, size: int, **more: Any) -> None:
+    """In the axes where it is short; a long one would lie over the lines, and stands to the right of everything."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) <= 5:
+        axes.legend(fontsize=size, title_fontsize=size, frameon=True, framealpha=0.9, edgecolor="none", **more)
+        return
+    width, height = figure.get_size_inches()
+    lines = len(names) + 2 * ("title" in more)
+    figure.set_size_inches(width + 0.6 + 0.075 * max(map(len, names)), max(height, 0.4 + 0.18 * lines))
+    more["loc"] = "outside right upper"
+    figure.legend(handles, names, fontsize=size, title_fontsize=size, frameon=False, **more)
 
 
 def _draw_bounds(axes: Axes, bounds: Mapping[str, np.ndarray], styles: Mapping[str, tuple[str, str]]) -> None:
@@ -268,7 +274,7 @@ def _draw_bounds(axes: Axes, bounds: Mapping[str, np.ndarray], styles: Mapping[s
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _curve(result: Results) -> tuple[np.ndarray, np.ndarray]:
+def steps(result: Results) -> tuple[np.ndarray, np.ndarray]:
     """Corners of the exact step curve: between radii[i - 1] (excluded) and radii[i] its height is accuracy[i]."""
     radii = np.sort(result.radius[result.correct])
     heights = np.arange(len(radii), -1, -1) / len(result)
@@ -299,7 +305,7 @@ def panels(given: Sequence[Panel], out_path: str | os.PathLike[str], columns: in
     for axes, panel in zip(figure.subplots(height, width, squeeze=False).flat, given, strict=False):
         for name, (x, y) in panel.lines.items():
             i = names.index(name)
-            colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)]
+            colour, dash = COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]
             axes.plot(x, y, dash, color=colour, marker=".", markersize=4, linewidth=1.2, label=name)
         axes.set_title(panel.title, fontsize=9)
         axes.set_xlabel(panel.x_label, fontsize=8)

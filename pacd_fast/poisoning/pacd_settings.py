@@ -170,6 +170,11 @@ class Preset:
     validation: int = 5000
     train_images: int | None = None
 
+    def sizes(self, images: int, validation: int | None = None) -> tuple[int, int]:
+        """Images to validate and to train with, of so many: the preset's, or of few an eighth, and the others."""
+        validation = min(self.validation, max(1, images // 8)) if validation is None else validation
+        return validation, min(self.train_images or images, images - validation)
+
     def attack(
         self,
         method: str,

@@ -13,7 +13,7 @@ from torch import nn
 
 from pacd_fast.arguments import option, seed_in_range, writable
 from pacd_fast.data import Dataset
-from pacd_fast.files import AnotherRun
+from pacd_fast.files import AnotherRun, partial
 from pacd_fast.networks import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, build, load_checkpoint, save_checkpoint
 from pacd_fast.randomness import seeded
 from pacd_fast.training.loop import OPTIMIZERS, fit
@@ -164,7 +164,8 @@ def train(
     seed_in_range(seed)
     model, augment, loss = settings.resolved(data)
     metadata = settings.metadata(data, seed)
-    if resume and out.exists():
+    unfinished = partial(out)
+    if resume and out.exists() and not unfinished.exists():
         done = load_checkpoint(out, arch=model)
         for key, value in metadata.items():
             if (before := done.metadata.get(key, "")) != value:
@@ -176,7 +177,6 @@ def train(
     with seeded(torch.device("cpu"), seed):
         network = network_for(model, data)
     network = network.to(device)
-    partial = out.with_name(out.name + ".partial")
     fit(
         network,
         data,
@@ -191,11 +191,11 @@ def train(
         seed=seed,
         dtype=getattr(torch, settings.dtype),
         microbatch=settings.microbatch,
-        checkpoint=partial,
+        checkpoint=unfinished,
         resume=resume,
         metrics=metrics,
         progress=progress,
     )
     save_checkpoint(out, network, metadata)
-    partial.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     return network
