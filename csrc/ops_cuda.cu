@@ -36,6 +36,20 @@ __global__ void __launch_bounds__(block_size) rows_kernel(Kernel kernel, int64_t
     kernel(row);
 }
 
+// The threads of a warp whose rows count for one number add to it once: votes for one class of one image would queue.
+template <class Kernel>
+__global__ void __launch_bounds__(block_size) counts_kernel(Kernel kernel, int64_t rows) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x - lane;
+  for (; first < rows; first += stride) {  // all of a warp, or none
+    int64_t* counter = first + lane < rows ? kernel.counter(first + lane) : nullptr;
+    const unsigned same = __match_any_sync(0xFFFFFFFFu, reinterpret_cast<unsigned long long>(counter));
+    if (counter && lane == __ffs(static_cast<int>(same)) - 1)
+      atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(__popc(same)));
+  }
+}
+
 // A block is a team: thread l plays lane l, in the order of SerialTeam, so that the bits are those of the CPU.
 struct BlockTeam {
   template <int R, class Step, class Settle, class Join>
@@ -118,6 +132,11 @@ struct Cuda {
   template <class Kernel>
   static void run_rows(const Kernel& kernel, int64_t rows, int64_t, const Tensor& on) {
     if (rows > 0) launch(rows_kernel<Kernel>, blocks(rows), block_size, on, kernel, rows);
+  }
+
+  template <class Kernel>
+  static void run_counts(const Kernel& kernel, int64_t rows, int64_t, const Tensor& on) {
+    if (rows > 0) launch(counts_kernel<Kernel>, blocks(rows), block_size, on, kernel, rows);
   }
 
   template <class Kernel>

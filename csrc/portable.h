@@ -95,13 +95,4 @@ PACD_INLINE double next_above(double x) {
 
 PACD_INLINE double next_below(double x) { return -next_above(-x); }
 
-// Adds to a counter that other threads add to; integer addition, so the order does not matter.
-PACD_INLINE void add_atomically(int64_t* counter, int64_t amount) {
-#if defined(__CUDA_ARCH__)
-  atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(amount));
-#else
-  __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
-#endif
-}
-
 }  // namespace pacd

@@ -31,6 +31,9 @@
 #define __shared__ static
 #define __syncthreads() (::played::wait_for_block(__LINE__))
 #define __shfl_down_sync(mask, value, delta, width) (::played::shuffle_down(__LINE__, mask, value, delta, width))
+#define __match_any_sync(mask, value) (::played::match_any(__LINE__, mask, value))
+#define __popc(bits) __builtin_popcount(bits)
+#define __ffs(bits) __builtin_ffs(bits)
 #define threadIdx (::played::now->thread)
 #define blockIdx (::played::now->block)
 #define blockDim (::played::now->threads)
@@ -124,6 +127,15 @@ T shuffle_down(int line, unsigned mask, T value, unsigned delta, int width) {
   return value;
 }
 
+// The threads of the mask that offer the same number.
+inline unsigned match_any(int line, unsigned mask, unsigned long long value) {
+  const auto all = exchange(line, mask, value);
+  unsigned same = 0;
+  for (unsigned other = 0; other < warp_size; ++other)
+    if ((mask >> other & 1) && all[other] == value) same |= 1u << other;
+  return same;
+}
+
 // Plays a grid of blocks.
 class Grid {
  public:
@@ -200,6 +212,12 @@ class Grid {
 };
 
 }  // namespace played
+
+inline unsigned long long atomicAdd(unsigned long long* number, unsigned long long amount) {
+  const unsigned long long before = *number;
+  *number += amount;
+  return before;
+}
 
 namespace pacd {
 
