@@ -95,4 +95,20 @@ PACD_INLINE double next_above(double x) {
 
 PACD_INLINE double next_below(double x) { return -next_above(-x); }
 
+// a / b for numbers >= 0; quicker on a card where both are below 2^32.
+PACD_INLINE int64_t quotient(int64_t a, int64_t b) {
+  const bool small = (a | b) < 0x100000000;
+  return small ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
+// Four neighbours in memory, moved at once.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+
+PACD_INLINE bool holds_fours(const void* place, size_t size) {
+  return reinterpret_cast<uintptr_t>(place) % (4 * size) == 0;
+}
+
 }  // namespace pacd

@@ -99,7 +99,7 @@ MISTAKES = {
     "a thread that others do not wait for": ("(; first < rows; first +=", "(; first + lane < rows; first +="),
     "a grid of no blocks": ("(items + block_size - 1) / block_size", "items / block_size"),
 }  # fmt: skip
-# The same in csrc/kernels/lattice.h, on the way that one element in a thousand takes.
+# The same in csrc/kernels/noise.h and lattice.h, there on the way that one element in a thousand takes.
 LATTICE = {
     "an open cell taken for decided": ("if (is_open(lattice, t, j)) return settle(at, e);", ""),
     "another block's words": ("tile_lanes + lane);\n    NoiseKey", "tile_lanes + lane + 1);\n    NoiseKey"),
@@ -107,9 +107,18 @@ LATTICE = {
     "a void row not marked": ("if (!exact.decided) mark(at.voids);", ""),
     "the next channel's lattice": ("return lattices[e / plane];", "return lattices[(e + 1) / plane];"),
 }
+NOISE = {
+    "four where there are three": ("e + wide <= elements", "e + wide <= elements + 1"),
+    "the last of four left out": (
+        "for (int j = 0; j < wide; ++j) convert(",
+        "for (int j = 0; j + 1 < wide; ++j) convert(",
+    ),
+    "a channel's end overlooked": ("if (pixel == plane) ++channel, pixel = 0;", ""),
+}
 MUTANTS = {
     "nothing": ("ops_cuda.cu", "constexpr int block_size = 256;", "constexpr int block_size = 256;"),
     **{name: ("ops_cuda.cu", *texts) for name, texts in MISTAKES.items()},
+    **{name: ("kernels/noise.h", *texts) for name, texts in NOISE.items()},
     **{name: ("kernels/lattice.h", *texts) for name, texts in LATTICE.items()},
 }
 

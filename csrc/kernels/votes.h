@@ -1,5 +1,5 @@
-// The votes of noisy copies: a counting kernel, `int64_t* counter(int64_t row) const` says which number a row adds 1 to, null
-// for none.
+// The votes of noisy copies: a counting kernel.  Its `int64_t* counter(int64_t row) const` says which number a row adds 1
+// to; null for none.
 #pragma once
 
 #include "math/half.h"
