@@ -1,6 +1,7 @@
 # Each target is one command on a fresh machine: it makes its own environment in .venv and builds the extension there.
 #   make demo    train, certify, summarise, plot          make bench   the speed tables
 #   make test    the whole test suite                     make lint    ruff and mypy
+#   make gpu     on a machine with a CUDA card: the tests that need one, compute-sanitizer where it is, the speed tables
 #   make wheel   for any torch from 2.11 on, in dist      make wheel-test   its operators beside the newest torch
 # Other versions:  make test VENV=.venv-2.11 TORCH="torch==2.11.0 torchvision==0.26.0"
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO := demo-out
 SOURCES := $(wildcard csrc/*.* csrc/*/*.h cmake/*) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint wheel wheel-test sanitize clean
+.PHONY: demo test bench gpu lint wheel wheel-test sanitize clean
 
 # The Python files are used in place; only a change of the compiled sources or of the dependencies installs again.
 $(BIN)/.installed: $(SOURCES)
@@ -36,6 +37,16 @@ test: $(BIN)/.installed
 bench: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(BIN)/python -m benchmarks
+
+# A missing card is a failure.  The sanitizer looks at our kernels alone.
+gpu: $(BIN)/.installed
+	PACD_REQUIRE_CUDA=1 $(BIN)/python -m pytest -m cuda
+	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck; do \
+	  PACD_REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  --kernel-regex kns=pacd $(BIN)/python -m pytest -m cuda $(CURDIR)/python_tests/test_cuda.py -k bits \
+	  || exit 1; done; else echo "compute-sanitizer is not on PATH: left out"; fi
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	$(BIN)/python -m benchmarks bench_ops bench_certify bench_labelflip bench_training bench_metapoison
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -44,14 +44,14 @@ def noise(device: str) -> list[dict[str, Any]]:
                     "peer": lambda x=x, copies=copies, shape=shape, dtype=dtype: (
                         x.expand(copies, *shape) + 0.5 * torch.randn(copies, *shape, device=x.device)
                     ).to(dtype),
-                    "yardstick": lambda out=out: out.fill_(1.0),
+                    "yardstick": (lambda out=out: out.fill_(1.0)) if device == "cpu" else out.normal_,
                 },
                 rounds=41,
+                device=device,
             )
             name = f"noisy_copies {copies} x {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-            rows.append(
-                row(name, "element", out.numel(), times, out.numel() * out.element_size(), "expand + randn", "fill_")
-            )
+            size, yardstick = out.numel() * out.element_size(), "fill_" if device == "cpu" else "normal_"
+            rows.append(row(name, "element", out.numel(), times, size, "expand + randn", yardstick))
     return rows
 
 
@@ -71,6 +71,7 @@ def votes(device: str) -> list[dict[str, Any]]:
                 "yardstick": lambda logits=logits: logits.sum(),
             },
             rounds=41,
+            device=device,
         )
         rows.append(
             row(
@@ -101,7 +102,9 @@ def bounds(device: str) -> list[dict[str, Any]]:
     name = "clopper_pearson_lower, n = 100 000, verified"
     rows = [row(name, "bound", len(host), times, None, "statsmodels, one by one", "scipy, not verified")]
     p = torch.rand(20_000, dtype=torch.float64, device=device)
-    times = medians({"ours": lambda: ops.normal_quantile(p), "peer": lambda: torch.special.ndtri(p)}, rounds=7)
+    times = medians(
+        {"ours": lambda: ops.normal_quantile(p), "peer": lambda: torch.special.ndtri(p)}, rounds=7, device=device
+    )
     return [*rows, row("normal_quantile, verified", "quantile", p.numel(), times, None, "torch, not verified", "-")]
 
 
@@ -125,6 +128,7 @@ def pooling(device: str) -> list[dict[str, Any]]:
                 "yardstick": lambda x=x: x.sum(),
             },
             rounds=41,
+            device=device,
         )
         rows.append(row(name, "element", x.numel(), times, size * 5 // 4, "max_pool2d, relu", "sum"))
         times = medians(
@@ -134,6 +138,7 @@ def pooling(device: str) -> list[dict[str, Any]]:
                 "yardstick": lambda x=x: x.clone(memory_format=torch.preserve_format),
             },
             rounds=41,
+            device=device,
         )
         moved = size // 4 + x.numel() // 4 + size  # the slope, a byte a window, the result
         rows.append(row(f"{name}, gradient", "element", x.numel(), times, moved, "max_pool2d, relu", "clone"))

@@ -89,18 +89,10 @@ def plain_step(network: nn.Module, data: Dataset) -> tuple[Tensor, list[Tensor]]
     return -mixed, [t.detach() for t in q]
 
 
-def upper_of(network: nn.Module, x_val: Tensor) -> Callable[[Tensor, tuple[Tensor, ...]], Tensor]:
-    """The soft radius of the validation images as a function of (poison, weights)."""
-    names = [name for name, _ in network.named_parameters()]
+def upper_of(x_val: Tensor) -> Callable[[Tensor, nn.Module], Tensor]:
+    """The soft radius of the validation images as a function of (poison, network)."""
     labels = torch.full((len(x_val),), 8)
-
-    def cost(u: Tensor, inner: tuple[Tensor, ...]) -> Tensor:
-        def model(x: Tensor) -> Tensor:
-            return torch.func.functional_call(network, dict(zip(names, inner, strict=True)), (x,))
-
-        return Radius(SIGMA, COPIES)(model, x_val, labels, seed=2)
-
-    return cost
+    return lambda u, network: Radius(SIGMA, COPIES)(network, x_val, labels, seed=2)
 
 
 def our_step(network: nn.Module, data: Dataset, **settings: Any) -> Tensor:
@@ -112,10 +104,10 @@ def our_step(network: nn.Module, data: Dataset, **settings: Any) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         loss(network, images, y, seed=step + 10).backward()
         optimizer.step()
-    problem, weights = lower_problem(network, loss, clean, y, 1, poison)
+    problem = lower_problem(network, loss, clean, y, 1, poison)
     settings = {"curvature": "gauss-newton", "steps": 10, "tolerance": 0.0, **settings}
     _, found, *_ = hypergradient(
-        upper_of(network, x_val), problem, poison, weights, damping=DAMPING, with_solution=True, **settings
+        upper_of(x_val), problem, poison, network, damping=DAMPING, with_solution=True, **settings
     )
     return found.q
 
@@ -123,10 +115,10 @@ def our_step(network: nn.Module, data: Dataset, **settings: Any) -> Tensor:
 def residual(network: nn.Module, data: Dataset, q: Tensor, curvature: str) -> float:
     """||(C + s I) q - b|| / ||b||, C the Hessian or the Gauss-Newton matrix, on the noise that our step solves with."""
     clean, poison, y, x_val = batches(data)
-    problem, weights = lower_problem(network, Gaussian(SIGMA), clean, y, 1, poison)
+    problem = lower_problem(network, Gaussian(SIGMA), clean, y, 1, poison)
     # one step of Adam that stops at once reports the residual of its start
     _, found, *_ = hypergradient(
-        upper_of(network, x_val), problem, poison, weights, solver="adam", curvature=curvature, damping=DAMPING,
+        upper_of(x_val), problem, poison, network, solver="adam", curvature=curvature, damping=DAMPING,
         steps=1, tolerance=1e9, warm_start=q, with_solution=True,
     )  # fmt: skip
     return found.residual

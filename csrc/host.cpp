@@ -11,28 +11,17 @@
 #include <utility>
 #include <vector>
 
-#include "certification.h"
 #include "kernels/flips.h"
 #include "kernels/lattice.h"
 #include "math/lattice_errors.h"
 #include "math/normal.h"
 #include "certification/bindings.h"
+#include "certification/table.h"
 
 namespace py = pybind11;
 
 namespace pacd {
 namespace {
-
-using Counts = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-
-// (prediction, selected class, p_lower, radius).
-std::tuple<int64_t, int64_t, double, double> issue(const Certification& certification, Counts selection,
-                                                   Counts estimation) {
-  if (selection.ndim() != 1 || estimation.ndim() != 1 || selection.size() != estimation.size())
-    throw py::value_error("votes must be two vectors with one number per class");
-  const Certificate certificate = certification.issue(selection.data(), estimation.data(), selection.size());
-  return {certificate.prediction, certificate.selected, certificate.p_lower, certificate.radius};
-}
 
 py::array_t<double> bound_table(int64_t n, double alpha, bool upper) {
   if (!in_range(0, n, alpha)) throw py::value_error("n must be in [1, 2^31) and alpha in [1e-200, 1 - 2^-20]");
@@ -230,15 +219,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace pacd;
-  m.doc() = "The certification loop, bound tables, known answers and build information of pacd_fast.";
-  py::class_<Certification>(m, "Certification")
-      .def(py::init<int64_t, int64_t, int64_t, double, double>(), py::arg("images"), py::arg("n0"), py::arg("n"),
-           py::arg("alpha"), py::arg("sigma"))
-      .def("plan", &Certification::plan, py::arg("rows"),
-           "The next [(image, stream, first sample, count)], at most `rows` samples.")
-      .def_property_readonly("planned", &Certification::planned, "Images 0..planned-1 have all their samples planned.")
-      .def("issue", &issue, py::arg("selection"), py::arg("estimation"),
-           "(prediction or -1, selected class, p_lower, radius) from an image's votes.");
+  m.doc() = "Sequential certification, bound tables, known answers and build information of pacd_fast.";
   m.def("clopper_pearson_table", &bound_table, py::arg("n"), py::arg("alpha"), py::arg("upper") = false,
         "Clopper-Pearson bounds for k = 0..n as float64 [n + 1], rounded outward.");
   m.def("flip_table", &flip_table, py::arg("q"), py::arg("classes"), py::arg("r_max"),

@@ -1,7 +1,8 @@
 // How a kernel gets onto a CUDA card: the one place where a grid is launched and its errors are read.
 //
-// ops_cuda.cu needs nothing else of the CUDA runtime.  A file that brings its own `launch` and the words of CUDA C++
-// (__global__, threadIdx, ...) can include ops_cuda.cu under another compiler, and play the kernels there.
+// ops_cuda.cu needs nothing else of the CUDA runtime.  A file that brings its own `launch`, `multiprocessors` and the words
+// of CUDA C++ (__global__, threadIdx, ...) can include ops_cuda.cu under another compiler, and play the kernels there:
+// python_tests/played.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +20,9 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
     __attribute__((weak));
 
 namespace pacd {
+
+// Of the card that grids are cut for; a larger or a smaller one takes the same grids.
+constexpr int64_t multiprocessors = 132;
 
 template <class Kernel>
 std::string kernel_name() {

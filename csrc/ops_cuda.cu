@@ -106,7 +106,7 @@ struct Cuda {
   // Enough blocks of threads to fill the card several times over; the rest is the grid-stride loop's.
   static int64_t blocks(int64_t items) {
     const int64_t wanted = (items + block_size - 1) / block_size;
-    return wanted < 132 * 32 ? wanted : 132 * 32;
+    return wanted < multiprocessors * 32 ? wanted : multiprocessors * 32;
   }
 
   template <class Kernel>
@@ -122,7 +122,8 @@ struct Cuda {
 
   template <class Kernel>
   static void run_teams(const Kernel& kernel, int64_t rows, const Tensor& on) {
-    if (rows > 0) launch(teams_kernel<Kernel>, rows < 132 * 64 ? rows : 132 * 64, team_lanes, on, kernel, rows);
+    const int64_t blocks = rows < multiprocessors * 64 ? rows : multiprocessors * 64;
+    if (rows > 0) launch(teams_kernel<Kernel>, blocks, team_lanes, on, kernel, rows);
   }
 
   template <class Kernel>

@@ -121,10 +121,11 @@ def _lattice_out(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
 def _votes() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     generator = torch.Generator().manual_seed(0)
     cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         logits = torch.randn(500, 7, generator=generator).round().to(dtype)  # rounded: many ties
-        logits[::50, 3] = torch.nan
-        logits[::70] = -torch.inf
+        logits[::50, 3], logits[::70], logits[::90, 2], logits[::11, 6] = torch.nan, -torch.inf, torch.inf, -torch.inf
+        if dtype == torch.float64:
+            logits[1::2] += torch.rand(250, 7, generator=generator, dtype=dtype) * 1e-12  # ties in float32
         index = torch.randint(0, 4, (500,), generator=generator)
         cases.append(((torch.ones(4, 7, dtype=torch.int64), logits, index), {}))
     cases.append(
@@ -268,6 +269,27 @@ def _tangent(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return run
 
 
+def different_bits(ours: Tensor, theirs: Tensor) -> str | None:
+    """How two tensors differ in shape, dtype, layout or bits, where torch.equal is blind to -0; a NaN is a NaN."""
+    for name, mine, other in (
+        ("shape", ours.shape, theirs.shape),
+        ("dtype", ours.dtype, theirs.dtype),
+        ("strides", ours.stride(), theirs.stride()),
+    ):
+        if mine != other:
+            return f"{name} {mine} and {other}"
+    theirs = theirs.cpu()
+    wrong = ours != theirs
+    if ours.is_floating_point():
+        wrong = (wrong & ~(ours.isnan() & theirs.isnan())) | ((ours == 0) & (ours.signbit() != theirs.signbit()))
+    if not wrong.any():
+        return None
+    place = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"{int(wrong.sum())} of {wrong.numel()} differ, at {place} {ours[place].item()!r} and {theirs[place].item()!r}"
+    )
+
+
 def _same(ours: Tensor, plain: Tensor) -> None:
     assert torch.equal(ours, plain)
 
@@ -332,6 +354,22 @@ CASES = {
         _soft_close,
     ),
 }
+
+
+def lowered(case_name: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The calls of the registered operator that a case's wrapper makes."""
+    case, calls = CASES[case_name], []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "pacd_fast":
+                calls.append((func, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        for args, options in case.arguments():
+            case.run(*args, **options)
+    return calls
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

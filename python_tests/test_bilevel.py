@@ -160,6 +160,20 @@ def test_logistic_regression_against_a_dense_hessian_and_retraining(solver, curv
         assert float(found[place]) == pytest.approx(float(moved[0] - moved[1]) / 2e-4, rel=1e-4, abs=1e-8)
 
 
+def test_gauss_newton_where_one_output_is_made_of_another():
+    """Linear outputs, so that both curvatures are one matrix; each output counts once."""
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def outputs(u: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        z = x @ w + u
+        return w, z, z.cumsum(0)
+
+    lower = Composite(outputs, lambda o: (o[0] ** 4).sum() + o[1].exp().sum() + o[1].dot(o[2] ** 2))
+    u, w = x[:, 0] * 0.1, torch.tensor([0.3, -0.2, 0.4], dtype=torch.float64)
+    both = [hypergradient(lambda u, w: w.sum(), lower, u, w, curvature=c) for c in ("hessian", "gauss-newton")]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-9)
+
+
 def test_gauss_newton_leaves_out_the_outputs_curvature():
     """tanh bends downwards here: the Hessian has negative eigenvalues, the Gauss-Newton matrix none."""
     bent = Composite(lambda u, v: torch.tanh(u * v), lambda z: (z - 0.9).square().sum())

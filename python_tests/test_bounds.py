@@ -238,7 +238,7 @@ def test_levels_near_one(n, k):
         with pytest.raises(ValueError, match="alpha must be in"):
             ops.clopper_pearson_lower(torch.tensor(k), n, alpha)
         with pytest.raises(ValueError, match="alpha in"):
-            _C.Certification(1, 100, min(n, 10**6), alpha, 0.5)
+            _C.clopper_pearson_table(min(n, 10**6), alpha)
 
 
 def test_the_largest_radius_is_rounded_down():

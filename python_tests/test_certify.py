@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from pacd_fast._C import Certification
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import pacd_fast
+from pacd_fast.certification.noise import Copies
 from pacd_fast.networks import build
 from pacd_fast.ops import reference
 
@@ -98,29 +97,18 @@ def test_a_seed_is_drawn_and_reported(network):
     assert same(first, pacd_fast.certify(network, x, seed=first.seed, **options))
 
 
-def test_selection_and_estimation_never_share_samples():
-    loop = Certification(3, 7, 20, 0.01, 0.5)
+def test_selection_and_estimation_never_share_samples(network, monkeypatch):
+    """Every sample of every image is drawn once, selection and estimation on streams of their own."""
     drawn = []
-    while pieces := loop.plan(9):
-        assert sum(count for *_, count in pieces) <= 9
-        drawn += [(image, stream, first + i) for image, stream, first, count in pieces for i in range(count)]
-    assert sorted(drawn) == [(i, s, k) for i in range(3) for s, n in ((0, 7), (1, 20)) for k in range(n)]
-    assert len(set(drawn)) == len(drawn) and loop.planned == 3
-
-
-def test_issue_is_cohens_rule():
-    loop = Certification(1, 10, 1000, 0.001, 0.5)
-    prediction, selected, p_lower, radius = loop.issue(np.array([4, 6]), np.array([10, 990]))
-    assert (prediction, selected) == (1, 1)
-    assert p_lower == pytest.approx(float(reference.clopper_pearson_lower(torch.tensor(990), 1000, 0.001)), rel=1e-12)
-    assert radius == pytest.approx(
-        0.5 * float(reference.normal_quantile(torch.tensor(p_lower, dtype=torch.float64))), rel=1e-12
+    draw = Copies.draw
+    monkeypatch.setattr(
+        Copies,
+        "draw",
+        lambda self, out, i, s, k: (drawn.extend((i, s, k + j) for j in range(len(out))), draw(self, out, i, s, k))[1],
     )
-    # the class is chosen by the selection votes alone, ties go to the lowest, and an uncertain one abstains
-    assert loop.issue(np.array([5, 5]), np.array([500, 500]))[:2] == (-1, 0)
-    assert loop.issue(np.array([6, 4]), np.array([10, 990]))[0] == -1
-    with pytest.raises(ValueError, match="add up"):
-        loop.issue(np.array([5, 5]), np.array([500, 499]))
+    options = dict(num_classes=10, sigma=0.5, n0=7, n=50, batch_size=64, futility=0)
+    pacd_fast.certify(network, torch.rand(3, 1, 28, 28), **options)
+    assert sorted(drawn) == [(i, s, k) for i in range(3) for s, n in ((0, 7), (1, 50)) for k in range(n)]
 
 
 def test_smooth_is_a_drop_in(network):
@@ -136,20 +124,20 @@ def test_smooth_is_a_drop_in(network):
     assert noisier.certify(x, 100, 3000, 0.001) != noisier.certify(x, 100, 3000, 0.001)  # new noise every call
 
 
-def test_predict_is_the_binomial_test():
+def test_predict_agrees_with_the_binomial_test():
+    """Sequential prediction answers what PREDICT of Cohen et al. answers on all n samples, or it is a close call."""
     plane, x = Plane([1.0], 0.0), torch.tensor([0.03])
-    seen = set()
+    answers = []
     for seed in range(40):
-        smooth = pacd_fast.Smooth(plane, 2, 0.5, seed=seed)
-        prediction = smooth.predict(x, 400, 0.1)
+        prediction = pacd_fast.Smooth(plane, 2, 0.5, seed=seed).predict(x, 400, 0.1)
         counts = pacd_fast.certify(
-            plane, x.unsqueeze(0), num_classes=2, sigma=0.5, n0=1, n=400, alpha=0.1, seed=seed
+            plane, x.unsqueeze(0), num_classes=2, sigma=0.5, n=400, alpha=0.1, seed=seed, futility=0
         ).counts[0]
         assert int(counts.sum()) == 400
-        expected = int(counts.argmax()) if binomtest(int(counts.max()), 400, 0.5).pvalue <= 0.1 else -1
-        assert prediction == expected
-        seen.add(prediction)
-    assert {-1, 1} <= seen
+        answers.append(
+            (prediction, int(counts.argmax()) if binomtest(int(counts.max()), 400, 0.5).pvalue <= 0.1 else -1)
+        )
+    assert sum(one != other for one, other in answers) <= 8 and {-1, 1} <= {one for one, _ in answers}
 
 
 def test_bfloat16_is_the_model_in_bfloat16(network):
@@ -169,7 +157,7 @@ def test_bfloat16_is_the_model_in_bfloat16(network):
     options = dict(num_classes=10, sigma=0.5, n0=50, n=1000, seed=5)
     half = pacd_fast.certify(watched, x, dtype=torch.bfloat16, **options)
     assert {entry[:3] for entry in seen} == {(torch.bfloat16, False, torch.bfloat16)}
-    assert all(rows % 64 == 0 for *_, rows in seen)
+    assert len({rows for *_, rows in seen}) == 1, "every batch has the same shape"
     assert watched.training and next(watched.parameters()).dtype == torch.float32, "the caller's module is left alone"
     assert int((half.counts - pacd_fast.certify(network, x, **options).counts).abs().sum()) < 100
 
@@ -180,11 +168,6 @@ def test_any_callable_and_any_image_shape():
     )
     assert found.prediction.tolist() == [1]
     assert pacd_fast.certify(lambda x: x, torch.zeros(0, 3), num_classes=3, sigma=0.5).prediction.shape == (0,)
-
-
-def test_memory_does_not_grow_with_n():
-    loop = Certification(1, 100, 10**9, 0.001, 0.5)
-    assert len(loop.plan(1000)) == 2  # pieces, not samples
 
 
 class Broken(nn.Module):
@@ -199,14 +182,14 @@ class Broken(nn.Module):
 def test_nan_is_an_error_that_names_the_image():
     x = torch.zeros(3, 3)
     x[1, 0] = 100
-    with pytest.raises(ValueError, match=r"NaN for \d+ of 1100 noisy copies of image 17"):
+    with pytest.raises(ValueError, match=r"NaN for \d+ of \d+ noisy copies of image 17"):
         pacd_fast.certify(Broken(), x, num_classes=3, sigma=0.1, n=1000, image_ids=torch.tensor([5, 17, 6]))
     each = pacd_fast.certify_each(
         Broken(), x, num_classes=3, sigma=0.1, n=1000, seed=1, image_ids=torch.tensor([5, 17, 6]), batch_size=64
     )
-    assert next(each).index == 0, "what is done before the NaN is not lost"
+    assert next(each).index == 0, "what is on its way when the NaN comes is not lost"
     with pytest.raises(ValueError, match="NaN"):
-        next(each)
+        list(each)
 
 
 BAD = {
@@ -222,7 +205,7 @@ BAD = {
     "image_ids must be int64": {"image_ids": torch.tensor([1.0])},
     "image_ids must be in": {"image_ids": torch.tensor([-1])},
     r"logits \[\d+, 4\], not": {"num_classes": 4},
-    "images must be float": {"images": torch.zeros(1, 3, dtype=torch.uint8)},
+    "images must be": {"images": torch.zeros(1, 3, dtype=torch.int32)},
     "images hold NaN": {"images": torch.full((1, 3), torch.nan)},
 }
 

@@ -97,6 +97,21 @@ def test_floats_and_bytes_give_the_same_images(tmp_path):
         as_float(torch.ones(2, dtype=torch.int64))
 
 
+def test_float_pixels_have_the_same_bits_whether_divided_or_multiplied():
+    """A card may multiply by the inverse of 255; in float64 that is harmless."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    exact = as_float(levels)
+    assert torch.equal((levels.double() * (1 / 255)).float(), exact)
+    assert torch.equal((levels.double() / 255).float(), exact)
+    assert int(((levels.float() * torch.tensor(1 / 255)) != exact).sum()) == 126
+
+
+@pytest.mark.cuda
+def test_float_pixels_have_the_same_bits_on_cuda():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(as_float(levels.cuda()).cpu(), as_float(levels))
+
+
 def test_as_float_is_the_division_and_leaves_its_input_alone():
     images = torch.arange(256, dtype=torch.uint8)
     assert as_float(images).tolist() == [float(np.float32(i) / np.float32(255)) for i in range(256)]

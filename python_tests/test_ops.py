@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import CASES
+from conftest import CASES, lowered
 from torch import Tensor
 
 from pacd_fast import ops
@@ -20,26 +20,6 @@ def registered() -> list[str]:
     return sorted(
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pacd_fast::")
     )
-
-
-def on(device: str, value: object) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def lowered(case_name: str):
-    """The calls of the registered operator that a case's wrapper makes."""
-    case, calls = CASES[case_name], []
-
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "pacd_fast":
-                calls.append((func, tuple(a.clone() if isinstance(a, Tensor) else a for a in args)))
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
-        for args, options in case.arguments():
-            case.run(*args, **options)
-    return calls
 
 
 def test_every_operator_has_a_case_a_wrapper_and_a_plain_version():
@@ -89,51 +69,6 @@ def test_equals_the_plain_version(name):
     case = CASES[name]
     for args, options in case.arguments():
         case.close(case.run(*args, **options), case.plain(*args, **options))
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", CASES)
-def test_cuda_gives_the_bits_of_the_cpu(name):
-    case = CASES[name]
-    for args, options in case.arguments():
-        there = case.run(*(on("cuda", a) for a in args), **{k: on("cuda", v) for k, v in options.items()})
-        assert torch.equal(there.cpu(), case.run(*args, **options))
-
-
-@pytest.mark.cuda
-def test_cuda_fills_out():
-    x = torch.rand(3, 3, 32, 32)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        out = torch.empty(12, 3, 32, 32, dtype=torch.bfloat16, device="cuda").contiguous(memory_format=layout)
-        ops.noisy_copies(x.cuda(), 0.5, 4, 3, out=out)
-        assert torch.equal(out.cpu(), ops.noisy_copies(x, 0.5, 4, 3, dtype=torch.bfloat16))
-
-
-@pytest.mark.cuda
-def test_cuda_runs_on_the_current_stream():
-    x, stream = torch.rand(64, 3, 64, 64, device="cuda"), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # so that another stream would be too early
-        x = x * 2  # ordered before the noise only on this stream
-        there = ops.noisy_copies(x, 1.0, 16, 5)
-    stream.synchronize()
-    assert torch.equal(there.cpu(), ops.noisy_copies(x.cpu(), 1.0, 16, 5))
-
-
-@pytest.mark.cuda
-def test_cuda_refuses_tensors_of_two_devices():
-    counts, logits = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.eye(3, device="cuda")
-    with pytest.raises(RuntimeError, match="on one device"):
-        torch.ops.pacd_fast.add_votes_(counts, logits, torch.zeros(3, dtype=torch.int64))
-
-
-@pytest.mark.cuda
-def test_cuda_leaves_out_votes_for_no_image():
-    counts = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
-    logits, index = torch.eye(3, device="cuda"), torch.tensor([0, 7, -1], device="cuda")
-    assert int(ops.add_votes_(counts, logits, index).sum()) == 0
-    assert counts.tolist() == [[1, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 3, 64), (4, 1, 28, 28), (2, 3, 31, 33)])
@@ -257,6 +192,23 @@ def test_compiles_without_a_break():
         assert torch.equal(ours, theirs) and int(ours.sum()) == 12
 
 
+def test_rows_without_a_finite_largest_logit_do_not_vote():
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor(
+        [[1, inf, 2], [-inf] * 3, [inf] * 3, [nan, 1, inf], [0, nan, 1], [-inf, 3, -inf], [3.4e38, 0, 0]]
+    )
+    counts = torch.zeros(1, 3, dtype=torch.int64)
+    assert ops.add_votes_(counts, logits, torch.zeros(7, dtype=torch.int64)).tolist() == [5]
+    assert counts.tolist() == [[1, 1, 0]]
+
+
+def test_float64_logits_are_compared_in_float64():
+    logits = torch.tensor([[1.0, 1 + 2.0**-50, 1.0], [2.0**-1060, 0.0, 2.0**-1059]], dtype=torch.float64)
+    counts = torch.zeros(1, 3, dtype=torch.int64)
+    ops.add_votes_(counts, logits, torch.zeros(2, dtype=torch.int64))
+    assert counts.tolist() == [[0, 1, 1]] and logits.float().argmax(1).tolist() == [0, 0]
+
+
 def test_votes_split_over_calls_and_threads():
     logits, index = torch.randn(40_000, 10), torch.randint(0, 50, (40_000,))
     whole, parts = torch.zeros(50, 10, dtype=torch.int64), torch.zeros(50, 10, dtype=torch.int64)
@@ -287,6 +239,9 @@ BAD = {
     "counts": lambda x: ops.add_votes_(torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)),
     "logits": lambda x: ops.add_votes_(
         torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
+    ),
+    "float64 .M, 3., not torch.complex64": lambda x: ops.add_votes_(
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3).to(torch.complex64), torch.zeros(4, dtype=torch.int64)
     ),
     "image_index must be int64": lambda x: ops.add_votes_(
         torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(3, dtype=torch.int64)

@@ -86,13 +86,11 @@ def radius_of(data: Dataset, loss, target: int, seeds=(1, 2, 3), method=Gaussian
 def test_the_lower_problem_is_the_training_loss(digits, loss):
     network = tiny(3)
     x, y = as_float(digits.x_train[:20]), digits.y_train[:20]
-    problem, weights = lower_problem(network, loss, x[:15], y, 7, x[15:])
-    u = x[15:].clone().requires_grad_()
-    inner = tuple(w.clone().requires_grad_() for w in weights)
-    ours, theirs = problem(u, inner), loss(network, x, y, seed=7)
+    u, inner = x[15:].clone().requires_grad_(), list(network.parameters())
+    ours, theirs = lower_problem(network, loss, x[:15], y, 7, u)(u, network), loss(network, x, y, seed=7)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     here = torch.autograd.grad(ours, inner, create_graph=True)
-    there = torch.autograd.grad(theirs, list(network.parameters()))
+    there = torch.autograd.grad(theirs, inner)
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     (through,) = torch.autograd.grad(here[0].square().sum(), u)  # and the poison is in it
@@ -104,10 +102,10 @@ def test_gauss_newton_products_of_the_lower_problem_are_positive(digits, loss):
     """For cross-entropy; MACER's loss is not convex in the logits."""
     network = tiny(3)
     x, y = as_float(digits.x_train[:30]), digits.y_train[:30]
-    problem, weights = lower_problem(network, loss, x[:20], y, 3, x[20:])
+    problem = lower_problem(network, loss, x[:20], y, 3, x[20:])
     _, found, *_ = hypergradient(
-        lambda u, v: sum((w * torch.linspace(-1, 1, w.numel()).view(w.shape)).sum() for w in v),
-        problem, x[20:], weights, solver="cg", damping=0.05, steps=200, tolerance=1e-4, with_solution=True,
+        lambda u, v: sum((w * torch.linspace(-1, 1, w.numel()).view(w.shape)).sum() for w in v.parameters()),
+        problem, x[20:], network, solver="cg", damping=0.05, steps=200, tolerance=1e-4, with_solution=True,
     )  # fmt: skip
     assert found.residual <= 1e-4  # conjugate gradients stop at negative curvature, and did not
 

@@ -11,8 +11,9 @@ from fractions import Fraction
 import mpmath as mp
 import numpy as np
 import pytest
+import torch
 
-from pacd_fast import _C
+from pacd_fast import _C, ops
 
 RULES = {
     "full": lambda n, alpha, **options: _C.FullCertificates(10, n, alpha, 1.0, **options),
@@ -334,8 +335,10 @@ def test_the_planner_says_what_is_wrong():
         planner.report(np.zeros((1, 3)))
     with pytest.raises(ValueError, match=r"votes must be \[slots, classes\]"):
         planner.report(np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="NaN for 3 of 32 noisy copies of image 41"):
-        planner.report([[20, 0, 0], [29, 0, 0]])
+    assert planner.failure == ""
+    planner.report([[20, 0, 0], [29, 0, 0]])
+    assert planner.failure == "the model returned NaN for 3 of 32 noisy copies of image 41"
+    assert planner.done and planner.finished() == []
     with pytest.raises(ValueError, match="rows must be positive"):
         planner.plan(0)
     with pytest.raises(ValueError, match="add up to 31, where nothing looks"):
@@ -368,11 +371,26 @@ def test_bad_arguments(message, make):
         make()
 
 
-def test_full_certificates_are_those_of_certification():
-    """The rule at n against the loop that draws all n: the same certificates, bit for bit."""
-    loop = _C.Certification(1, 100, 1000, 0.001, 0.25)
+def test_an_image_without_votes_ends_the_run_after_those_on_their_way():
+    planner = _C.SequentialPlanner(PLANNED["radii"], [3, 4, 5], 3)
+    while not planner.done:
+        pieces, complete = planner.plan(60)
+        votes = np.zeros((len(complete), 3), dtype=np.int64)
+        for i, slot in enumerate(complete):
+            (piece,) = (p for p in pieces.tolist() if p[4] == slot)
+            votes[i, 0] = piece[3] - (piece[0] == 1)  # image 4 has samples without a vote
+        planner.report(votes)
+    assert [image for image, _ in planner.finished()] == [0]
+    assert planner.failure.endswith("noisy copies of image 4")
+
+
+def test_full_certificates_are_those_of_the_bounds():
+    """The rule at n against Clopper-Pearson and the quantile, rounded down, bit for bit."""
     rule = _C.FullCertificates(100, 1000, 0.001, 0.25, futility=0.0)
     for hits in (0, 400, 548, 549, 550, 700, 999, 1000):
         selection, counts = np.array([60, 40, 0]), np.array([hits, 1000 - hits, 0])
         outcome = rule.issue(selection, counts)
-        assert (outcome.prediction, outcome.selected, outcome.p_lower, outcome.radius) == loop.issue(selection, counts)
+        p = ops.clopper_pearson_lower(torch.tensor(hits), 1000, 0.001)
+        radius = _C.product_down(0.25, float(ops.normal_quantile(p))) if float(p) > 0.5 else 0.0
+        expected = (0 if float(p) > 0.5 else -1, 0, float(p), max(0.0, radius))
+        assert (outcome.prediction, outcome.selected, outcome.p_lower, outcome.radius) == expected

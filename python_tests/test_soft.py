@@ -66,7 +66,9 @@ def test_soft_certificates_do_not_depend_on_batches_and_agree_with_the_plain_sum
     alone = certify(network, x[3:4], beta=4.0, image_ids=torch.tensor([3]))
     assert torch.equal(alone.mean[0], found.mean[3])
     with torch.no_grad():
-        noisy = pacd_fast.ops.noisy_copies(x[3:4], 0.25, 600, 1, image_ids=torch.tensor([3]), stream=1)
+        noisy, _ = pacd_fast.ops.lattice_copies(
+            x[3:4], 0.25, 600, 1, step=1 / 255, image_ids=torch.tensor([3]), stream=1
+        )
         mean = torch.softmax(4.0 * network(noisy), 1).double().mean(0)
     torch.testing.assert_close(found.mean[3], mean, rtol=0, atol=3e-6)
     inside = found.prediction >= 0

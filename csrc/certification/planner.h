@@ -83,7 +83,8 @@ class SequentialPlanner {
   }
 
   // The votes of the oldest plan that has not been reported, a row of [classes] for each of its complete slots; `voids`:
-  // how many samples of each were void, or null.  A sample without a vote (NaN logits) is an error that names the image.
+  // how many samples of each were void, or null.  A sample without a vote (NaN logits) is a failure that names the image:
+  // no new image is started then, and those on their way are decided before the caller gives up.
   void report(const int64_t* votes, const int64_t* voids, int64_t slots) {
     if (waiting_.empty()) throw std::invalid_argument("there is no plan to report");
     const std::vector<Interval>& intervals = waiting_.front();
@@ -97,9 +98,13 @@ class SequentialPlanner {
       if (at == active_.end()) continue;  // decided without them
       int64_t sum = none;
       for (int64_t c = 0; c < classes_; ++c) sum += row[c];
-      if (sum != intervals[i].count)
-        throw no_vote(intervals[i], sum);
-      take(at->second, row, none);
+      if (sum != intervals[i].count) {
+        if (failure_.empty()) failure_ = no_vote(intervals[i], sum);
+        active_.erase(at);
+        images_ = started_;
+      } else {
+        take(at->second, row, none);
+      }
     }
     waiting_.pop_front();
   }
@@ -112,6 +117,7 @@ class SequentialPlanner {
   int64_t in_flight() const { return static_cast<int64_t>(active_.size()); }
   int64_t unreported() const { return static_cast<int64_t>(waiting_.size()); }
   int64_t drawn() const { return drawn_; }
+  const std::string& failure() const { return failure_; }
 
  private:
   // Interval 0 of an image is its selection, interval k + 1 what look k needs beyond look k - 1.
@@ -125,10 +131,9 @@ class SequentialPlanner {
     Progress progress;
   };
 
-  std::invalid_argument no_vote(const Interval& interval, int64_t votes) const {
-    return std::invalid_argument("the model returned NaN for " + std::to_string(interval.count - votes) + " of " +
-                                 std::to_string(interval.count) + " noisy copies of image " +
-                                 std::to_string(ids_[static_cast<size_t>(interval.image)]));
+  std::string no_vote(const Interval& interval, int64_t votes) const {
+    return "the model returned NaN for " + std::to_string(interval.count - votes) + " of " + std::to_string(interval.count) +
+           " noisy copies of image " + std::to_string(ids_[static_cast<size_t>(interval.image)]);
   }
 
   int64_t intervals() const { return static_cast<int64_t>(rule_->looks().size()) + 1; }
@@ -190,7 +195,9 @@ class SequentialPlanner {
 
   const std::shared_ptr<const Rule> rule_;
   const std::vector<int64_t> ids_;
-  const int64_t images_, classes_;
+  int64_t images_;  // how many will be started
+  const int64_t classes_;
+  std::string failure_;
   int64_t started_ = 0, drawn_ = 0;
   std::map<int64_t, Active> active_;
   std::optional<Interval> partial_;

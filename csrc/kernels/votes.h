@@ -5,7 +5,14 @@
 
 namespace pacd {
 
-// counts[image_index[row], argmax(logits[row])] += 1; a row with a NaN goes to nan_rows[image_index[row]] instead.
+PACD_INLINE double widened(double x) { return x; }
+template <class In>
+PACD_INLINE float widened(In x) {
+  return to_float(x);
+}
+
+// counts[image_index[row], argmax(logits[row])] += 1; a row that chooses no class, with a NaN or whose largest logit is
+// infinite, goes to nan_rows[image_index[row]] instead.
 template <class In>
 struct AddVotes {
   const In* logits;
@@ -18,17 +25,18 @@ struct AddVotes {
     const int64_t image = image_index[row];
     if (image < 0 || image >= images) return;  // refused by the caller where it can be; never written through
     const In* values = logits + row * classes;
-    float best = to_float(values[0]);
+    auto best = widened(values[0]);
     int64_t vote = 0;
     bool nan = best != best;
     for (int64_t c = 1; c < classes; ++c) {
-      const float v = to_float(values[c]);
+      const auto v = widened(values[c]);
       nan = nan || v != v;
       if (v > best) {  // strictly: the lowest index wins a tie
         best = v;
         vote = c;
       }
     }
+    nan = nan || best - best != 0;  // infinite: what overflowed may be less than it seems, or more
     add_atomically(nan ? nan_rows + image : counts + image * classes + vote, 1);
   }
 };

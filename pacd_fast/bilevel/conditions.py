@@ -128,13 +128,15 @@ def gradients(value: Tensor, at: Sequence[Tensor], **options: Any) -> list[Tenso
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, at, strict=True)]
 
 
-def _along(values: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor | None]:
-    """d <values, directions> / d at, None where there is no dependence; the graph stays."""
+def along(
+    values: Sequence[Tensor], at: Sequence[Tensor], directions: Sequence[Tensor], keep: bool = True
+) -> list[Tensor | None]:
+    """d <values, directions> / d at, None where there is no dependence; keep: the graph, for another product."""
     pairs = [(value, direction) for value, direction in zip(values, directions, strict=True) if value.requires_grad]
     if not pairs:
         return [None] * len(at)
     outputs, weights = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outputs, at, grad_outputs=weights, retain_graph=True, allow_unused=True))
+    return list(torch.autograd.grad(outputs, at, grad_outputs=weights, retain_graph=keep, allow_unused=True))
 
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
@@ -151,10 +153,10 @@ class _Linear:
         self.f, self.u, self.v, self.value, self.symmetric = f, u, v, value, symmetric
 
     def product(self, v: Tensor) -> Tensor:
-        return flat(filled(_along(self.f, self.v, shaped(v, self.v)), self.v))
+        return flat(filled(along(self.f, self.v, shaped(v, self.v)), self.v))
 
     def mixed(self, q: Tensor) -> list[Tensor | None]:
-        return _along(self.f, self.u, shaped(q, self.v))
+        return along(self.f, self.u, shaped(q, self.v))
 
 
 class _GaussNewton:
@@ -166,21 +168,20 @@ class _GaussNewton:
         self.lower, self.arguments, self.u, self.v = lower, arguments, u, v
         self.outer = Arguments(arguments.trees[0])
         outputs = arguments.call(lower.outputs, u, v)
-        self.outputs = self._of_inner_dtype(outputs)
-        self.points = [each.detach().requires_grad_() for each in self.outputs]
-        self.form = rebuilt(outputs, self.points)  # their tree, without their graph
-        loss = self._loss(self.points)
-        self.value = loss.detach()
-        self.slope = gradients(loss, self.points, create_graph=True)
+        self.form = rebuilt(outputs, [each.detach() for each in with_graph(outputs)])  # their tree, without their graph
+        self.value, self.slope = self._sloped(self._of_inner_dtype(outputs))
 
     def _of_inner_dtype(self, outputs: Tree) -> list[Tensor]:
         """What the network said in low precision goes on in the solver's."""
         return [each.to(self.v[0].dtype) for each in with_graph(outputs)]
 
-    def _loss(self, outputs: list[Tensor]) -> Tensor:
-        tree = rebuilt(self.form, outputs)
-        loss: Tensor = self.outer.call(lambda outer: self.lower.of_outputs(outer, tree), self.u)
-        return loss
+    def _sloped(self, outputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss of these outputs, and its gradient there with a graph to whatever the outputs depend on."""
+        # views: one output may be computed from another, and the loss's gradient must not take that way as well
+        points = [each.view_as(each) if each.requires_grad else each.detach().requires_grad_() for each in outputs]
+        tree = rebuilt(self.form, points)
+        loss = self.outer.call(lambda outer: self.lower.of_outputs(outer, tree), self.u)
+        return loss.detach(), gradients(loss, points, create_graph=True)
 
     def _tangent(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs and their derivatives along v, by dual numbers: for residual networks several times faster than
@@ -194,15 +195,13 @@ class _GaussNewton:
     def product(self, v: Tensor) -> Tensor:
         with torch.no_grad():
             _, pushed = self._tangent(shaped(v, self.v))
-        bent = filled(_along(self.slope, self.points, pushed), self.points)
-        return flat(filled(_along(self.outputs, self.v, bent), self.v))
+        return flat(filled(along(self.slope, self.v, pushed), self.v))  # pushed held: the network's bend has no part
 
     def mixed(self, q: Tensor) -> list[Tensor | None]:
         """d <d loss(outputs) / d inner, q> / d outer = d <d loss / d outputs, J q> / d outer."""
-        del self.outputs  # the graph of the products: from here on there is another one
+        del self.slope  # the graph of the products: from here on there is another one
         values, pushed = self._tangent(shaped(q, self.v))
-        points = [each if each.requires_grad else each.detach().requires_grad_() for each in values]
-        slope = gradients(self._loss(points), points, create_graph=True)
+        _, slope = self._sloped(values)
         total = sum((s * p).sum() for s, p in zip(slope, pushed, strict=True))
         if not (isinstance(total, Tensor) and total.requires_grad):  # nothing depends on outer
             return [None] * len(self.u)

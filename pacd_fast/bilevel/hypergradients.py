@@ -84,12 +84,11 @@ def hypergradient(
     with torch.enable_grad():
         cost = problem.arguments.call(upper, u, v)
         direct = gradients(cost, [*u, *v])
-        b = flat(direct[len(u) :])
-        cost = cost.detach()
+        b, direct, cost = flat(direct[len(u) :]), direct[: len(u)], cost.detach()
         mixed, found, training = problem.pull_back(u, v, b, [True] * len(u))
     found.warn(problem.solver_name, stacklevel=2)
     mean = _Mean(group)
-    gradient = [mean(g).detach() - m.detach() for g, m in zip(direct, mixed, strict=False)]
+    gradient = [mean(g).detach() - m.detach() for g, m in zip(direct, mixed, strict=True)]
     result = rebuilt(outer, gradient)
     return (result, found, mean(cost), training) if with_solution else result
 

@@ -71,6 +71,9 @@ def minres(
         return Iterate(q, residual)
     p, p_before = r / beta, torch.zeros_like(b)  # Lanczos vectors: p of residuals, v = M p of solutions
     v = p if precondition is None else z / beta
+    if precondition is None:
+        r = p  # not needed again: a vector less while products run, as below
+    del z
     d1, d2 = torch.zeros_like(b), torch.zeros_like(b)
     c, s, c_old, s_old, beta_k = 1.0, 0.0, 1.0, 0.0, 0.0
     phi, norm, singular = float(beta), 0.0, False
@@ -102,6 +105,7 @@ def minres(
         if precondition is not None:
             v, r = z / beta_next, s * s * r + c * phi * p
             residual = float(r.norm()) / size
+        del w, z
         if residual <= tolerance:
             break
     if singular and precondition is None:  # the part of q along the residual is in the null space: leave it out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pacd_fast.arguments import at_least, positive
-from pacd_fast.bilevel.conditions import gradients
+from pacd_fast.bilevel.conditions import along, filled, gradients
 from pacd_fast.bilevel.rules import SGD, Rule, Slots
 from pacd_fast.bilevel.trees import Arguments, Tree, leaves, rebuilt
 
@@ -238,10 +238,4 @@ def _split(values: list[Tensor], at: int) -> tuple[list[Tensor], list[Tensor]]:
 
 def _along(values: Sequence[Tensor], wanted: list[Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
     """d <values, directions> / d wanted; 0 where nothing depends on it."""
-    pairs = [(v, d) for v, d in zip(values, directions, strict=True) if v.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(w) for w in wanted]
-    found = torch.autograd.grad(
-        [v for v, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True, materialize_grads=True
-    )
-    return list(found)
+    return filled(along(values, wanted, directions, keep=False), wanted)

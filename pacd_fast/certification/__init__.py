@@ -8,7 +8,7 @@ one, `summary` is what it comes to; `selftest` tests noise and bounds on the use
 `files`, `randomness`, `tables`, `ops`, `data`, `networks`.
 """
 
-from pacd_fast.certification.classifier import BaseClassifier, Engine, Model, machine
+from pacd_fast.certification.classifier import BaseClassifier, Engine, Model
 from pacd_fast.certification.dataset import Certify, Selection, certify_dataset, predict_dataset
 from pacd_fast.certification.merging import exactly, merge, pooled
 from pacd_fast.certification.monte_carlo import (
@@ -58,7 +58,6 @@ __all__ = [
     "gaussian_guarantee",
     "kl_guarantee",
     "largest_radius",
-    "machine",
     "merge",
     "peek",
     "pooled",

@@ -169,11 +169,12 @@ def certify_dataset(
     rows = asked.batch_size
     compiled: Any = _COMPILE.get(asked.compile, asked.compile)
     if shards > 1:
-        rows, compiled = rows or USUAL[torch.device(device).type], compiled is not False and compiled != "auto"
+        rows = rows if rows is not None else USUAL[torch.device(device).type]
+        compiled = False if compiled == "auto" else compiled
     if existing is not None:
         here = dataclasses.replace(existing, **{name: getattr(run, name) for name in ("rows", "compiled", "machine")})
         check_same_run(str(out), here, run, "choose another --out or delete it")
-        rows = rows or existing.rows or None
+        rows = rows if rows is not None else existing.rows or None
         compiled = bool(existing.compiled) if compiled == "auto" else compiled
     done = set() if existing is None else set(parse(Path(out), ours=True)[0].idx.tolist())
     todo = torch.tensor([i for i in chosen if i not in done], dtype=torch.int64)

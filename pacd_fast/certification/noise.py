@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -87,12 +88,20 @@ class Copies:
 
     def __init__(self, noise: Noise, images: Tensor, ids: Tensor, seed: int, check: bool = False):
         self.noise, self.images, self.ids, self.seed = noise, images, ids, seed
+        self._lattice: tuple[Tensor, ...] = ()
         if noise.kind == "lattice":
             self._lattice = ops.lattice_of(images, noise.sigma, noise.step, noise.offset)
             if check:
                 ops.require_on_lattice(images, noise.step, noise.offset)
         elif check:
             raise ValueError("check=True asks whether images lie on the lattice, and noise in floats has none")
+
+    def to(self, device: torch.device) -> Copies:
+        """The same on another device; what was checked is not checked again."""
+        moved = copy.copy(self)
+        moved.images, moved.ids = self.images.to(device), self.ids.to(device)
+        moved._lattice = tuple(each.to(device) for each in self._lattice)
+        return moved
 
     def draw(self, out: Tensor, image: int, stream: int, first: int) -> Tensor | None:
         """Samples of an image from the first on, as many as `out` has rows; bool [rows], which are void, or None."""

@@ -81,6 +81,8 @@ class Sampler:
                     yield image, outcome, (now - since) / len(finished)
                 if finished:
                     since = now
+        if planner.failure:  # the images that were on their way with it are decided by now
+            raise ValueError(planner.failure)
 
 
 class _Votes:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pacd_fast.certification.classifier import BaseClassifier, Compile, Model
 from pacd_fast.certification.noise import Noise, Numbers
 from pacd_fast.certification.prediction import predictor
-from pacd_fast.certification.question import Question
+from pacd_fast.certification.question import Question, check_level
 from pacd_fast.certification.rows import ABSTAIN
 from pacd_fast.certification.vote import certificates, pixels, sampler_of
 
@@ -68,6 +68,7 @@ class Smooth:
 
         See `pacd_fast.predict`; raises ValueError as it does.
         """
+        check_level(n, alpha, 2e-200)
         classifier = self._classifier(x, batch_size)
         sampler, rule = predictor(
             classifier, x.unsqueeze(0), self.num_classes, self.noise, self.seed, n0, n, alpha, 1e-6,

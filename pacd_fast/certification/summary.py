@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pacd_fast.certification.rows import ABSTAIN, Results, Run
 from pacd_fast.tables import aligned, mean_and_deviation
 
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the lower bounds on p_A
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the lower bounds on p_A, and of samples
+FLOATS = "noise in floats: these certificates do not hold in floating point"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Summary:
     above 0. clean_accuracy: fraction with the right class, the accuracy of the smoothed classifier where abstaining
     counts as wrong. certified_accuracy[i]: fraction with the right class and a radius of at least radii[i].
     p_lower_quantiles: of the lower bounds on p_A, abstained images among them; None where the file has none.
+    samples, samples_quantiles: estimation samples an image, mean and quantiles; None where the file does not say.
+    warning: what a reader must know about the certificates; None if nothing.
     """
 
     images: int
@@ -34,13 +38,17 @@ class Summary:
     radii: tuple[float, ...]
     certified_accuracy: tuple[float, ...]
     p_lower_quantiles: dict[float, float] | None
+    samples: float | None
+    samples_quantiles: dict[float, float] | None
+    warning: str | None
     run: Run | None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON; the quantiles' keys are text."""
         values = dataclasses.asdict(self)
-        if self.p_lower_quantiles is not None:
-            values["p_lower_quantiles"] = {str(q): value for q, value in self.p_lower_quantiles.items()}
+        for name in ("p_lower_quantiles", "samples_quantiles"):
+            if values[name] is not None:
+                values[name] = {str(q): value for q, value in values[name].items()}
         return values
 
 
@@ -56,10 +64,8 @@ def summarize(results: Results, radii: Sequence[float] | None = None, target_cla
     radii = _grid([results]) if radii is None else tuple(float(radius) for radius in radii)
     if not all(math.isfinite(radius) and radius >= 0 for radius in radii):
         raise ValueError(f"radii must be finite and not negative, got {', '.join(map(str, radii))}")
-    quantiles = None
-    if results.p_lower is not None:
-        values = np.quantile(results.p_lower, QUANTILES)
-        quantiles = {q: float(value) for q, value in zip(QUANTILES, values, strict=True)}
+    samples = results.samples
+    floats = results.run is None or results.run.noise == "float"
     return Summary(
         images=len(results),
         acr=float(certified.mean()),
@@ -68,7 +74,10 @@ def summarize(results: Results, radii: Sequence[float] | None = None, target_cla
         abstentions=int((results.predict == ABSTAIN).sum()),
         radii=radii,
         certified_accuracy=tuple(float((results.correct & (results.radius >= radius)).mean()) for radius in radii),
-        p_lower_quantiles=quantiles,
+        p_lower_quantiles=_quantiles(results.p_lower),
+        samples=None if samples is None else float(samples.mean()),
+        samples_quantiles=_quantiles(samples),
+        warning=FLOATS if floats else None,
         run=results.run,
     )
 
@@ -108,7 +117,24 @@ def summary_table(
             known = (s.p_lower_quantiles for s in summaries)
             down = [None if each is None else _down(each[q]) for each in known]
             add(f"p_A quantile {q:g}", down, ".6f")
-    return aligned(lines)
+    if any(s.samples is not None for s in summaries):
+        add("samples an image", [s.samples for s in summaries], ".0f")
+        full = [s.run.n / s.samples if s.run and s.samples else None for s in summaries]
+        add("n over that", full, ".3g")
+        for q in QUANTILES:
+            add(
+                f"samples quantile {q:g}",
+                [None if s.samples_quantiles is None else s.samples_quantiles[q] for s in summaries],
+                ".0f",
+            )
+    floats = [name for name, s in zip(results, summaries, strict=True) if s.warning]
+    return "\n".join([aligned(lines), *([f"{', '.join(floats)}: {FLOATS}"] if floats else [])])
+
+
+def _quantiles(values: NDArray[Any] | None) -> dict[float, float] | None:
+    if values is None:
+        return None
+    return {q: float(value) for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
 
 
 def _down(value: float) -> float:

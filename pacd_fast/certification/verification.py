@@ -57,18 +57,12 @@ def _problem(rows: Results, i: int, run: Run, rule: Rule) -> str | None:
     counted, samples = int(votes.sum()) + int(row["voids"]), int(row["samples"])
     if samples not in rule.looks or samples < counted or (run.target == "full" and samples != counted):
         return f"{samples} samples for votes of {counted}"
-    expected = {
-        "predict": str(outcome.prediction), "radius": rounded(outcome.radius, 6),
-        "p_lower": rounded(outcome.p_lower, 9), "rival_upper": rounded(outcome.rival_upper, 9, up=True),
-        "count": str(int(votes[outcome.selected])),
-    }  # fmt: skip
-    written = {
-        "predict": str(int(row["predict"])), "radius": f"{row['radius']:.6f}", "p_lower": f"{row['p_lower']:.9f}",
-        "rival_upper": f"{row['rival_upper']:.9f}", "count": str(int(row["count"])),
-    }  # fmt: skip
+    texts = rounded(outcome.p_lower, 9), rounded(outcome.radius, 6), rounded(outcome.rival_upper, 9, up=True)
+    expected = dict(zip(("p_lower", "radius", "rival_upper"), map(float, texts), strict=True))
+    expected |= {"predict": outcome.prediction, "count": int(votes[outcome.selected])}
     for name, value in expected.items():
-        if value != written[name]:
-            return f"{name} is {written[name]} in the file, and {value} from its votes"
+        if value != row[name]:
+            return f"{name} is {row[name]} in the file, and {value} from its votes"
     return None
 
 
@@ -78,14 +72,13 @@ def _old_problem(rows: Results, i: int, run: Run, sigma: float) -> str | None:
     outcome = FullCertificates(run.n0, run.n, run.alpha, sigma, 1, 0.0).issue(
         [run.n0, 0], [int(rows.count[i]), run.n - int(rows.count[i])], 0
     )
-    abstains = int(rows.predict[i]) == ABSTAIN
-    for name, value, text in (
-        ("p_lower", f"{rows.p_lower[i]:.9f}", rounded(outcome.p_lower, 9)),
-        ("radius", f"{rows.radius[i]:.6f}", rounded(outcome.radius, 6)),
-        ("abstention", str(abstains), str(outcome.prediction == ABSTAIN)),
+    for name, value, there in (
+        ("p_lower", float(rounded(outcome.p_lower, 9)), rows.p_lower[i]),
+        ("radius", float(rounded(outcome.radius, 6)), rows.radius[i]),
+        ("abstention", outcome.prediction == ABSTAIN, rows.predict[i] == ABSTAIN),
     ):
-        if value != text:
-            return f"{name} is {value} in the file, and {text} from its votes"
+        if value != there:
+            return f"{name} is {there} in the file, and {value} from its votes"
     return None
 
 

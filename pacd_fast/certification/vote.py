@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pacd_fast.certification.classifier import BaseClassifier, Compile, Model
 from pacd_fast.certification.noise import Copies, Noise, Numbers
 from pacd_fast.certification.question import Question
 from pacd_fast.certification.sampler import Sampler
-from pacd_fast.data import as_float
+from pacd_fast.data import as_float, as_images, labelled
 
 
 @dataclass(frozen=True)
@@ -242,27 +242,20 @@ def sampler_of(
         raise ValueError(f"image_ids must be int64 [{len(images)}], not {ids.dtype} {tuple(ids.shape)}")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**48:
         raise ValueError("image_ids must be in [0, 2^48)")
+    copies = Copies(noise, images, ids.to(images.device), seed, check)
     classifier = model if isinstance(model, BaseClassifier) else BaseClassifier(
         model, images, num_classes, dtype=dtype, rows=rows, compile=compile,
         samples=len(images) * samples,
     )  # fmt: skip
-    device = classifier.device
-    return Sampler(classifier, Copies(noise, images.to(device), ids.to(device), seed, check))
+    return Sampler(classifier, copies.to(classifier.device))
 
 
 def pixels(images: Any) -> Tensor:
     """float32 [N, ...] from a tensor, a NumPy array or a loader of (images, labels).  Raises ValueError."""
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images))
-    if not isinstance(images, Tensor):
-        if not isinstance(images, Iterable):
-            raise ValueError(f"images must be a tensor, a NumPy array or a loader, not {type(images).__name__}")
-        images = torch.cat([batch[0] if isinstance(batch, list | tuple) else batch for batch in images])
-    if images.dim() < 2 or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise ValueError(f"images must be float or uint8 [N, ...], not {images.dtype} {tuple(images.shape)}")
+    images = as_images(images) if isinstance(images, Tensor | np.ndarray) else labelled(images)[0]
     if images.dtype == torch.float64 and not torch.equal(images.float().double(), images):
         raise ValueError("float64 images are certified in float32, which does not hold these: give images.float()")
-    images = as_float(images).float()
+    images = as_float(images)
     if not bool(torch.isfinite(images).all()):
         raise ValueError("images hold NaN or infinity")
     return images

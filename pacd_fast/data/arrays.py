@@ -15,11 +15,15 @@ from torch.utils.data import Dataset as TorchDataset
 def as_float(images: Tensor) -> Tensor:
     """uint8 0..255 or floating 0..1, any shape -> float32 in [0, 1].
 
-    Plain torch: ``images.float() / 255`` for uint8, which are the bits of torchvision's ToTensor.
+    Plain torch: ``images.float() / 255`` for uint8, which are the bits of torchvision's ToTensor, on every device.
     Raises ValueError for another dtype.
     """
     if images.dtype == torch.uint8:
-        return images.to(torch.float32).div_(255)
+        if images.device.type == "cpu":
+            return images.to(torch.float32).div_(255)
+        # CUDA's div_ by a number multiplies by its rounded inverse, which in float32 misses 126 of the 256 quotients by
+        # an ULP.  In float64 an ULP is no matter: x / 255 repeats the 8 bits of x for ever, far from a tie of float32.
+        return images.to(torch.float64).div_(255).to(torch.float32)
     if images.is_floating_point():
         return images.to(torch.float32)
     raise ValueError(_no_images(images.dtype))

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 import pacd_fast
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SOFT_FLOATS = (*FLOATS, torch.float64)
+ALL_FLOATS = (*FLOATS, torch.float64)
 DRIVERS = {12: 525, 13: 580}  # the first driver for each major version of CUDA
 REBUILD = "build it with: pip install --no-build-isolation --force-reinstall --no-deps ."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pacd_fast.ops.libraries import SOFT_FLOATS, operators, require, require_device
+from pacd_fast.ops.libraries import ALL_FLOATS, operators, require, require_device
 
 
 def max_pool_relu(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def max_pool_relu(x: Tensor) -> Tensor:
     """
     require_device(x)
     require(
-        x.dim() == 4 and min(x.shape[2:]) >= 2 and x.dtype in SOFT_FLOATS,
+        x.dim() == 4 and min(x.shape[2:]) >= 2 and x.dtype in ALL_FLOATS,
         lambda: f"x must be floating [N, C, H, W] with H, W >= 2, not {x.dtype} {tuple(x.shape)}",
     )
     if torch.compiler.is_compiling():

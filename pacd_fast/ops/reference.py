@@ -205,8 +205,8 @@ def threshold_copies(x: Tensor, table: Tensor, copies: int, step: float = 1 / 25
 
 def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
     """`pacd_fast.ops.add_votes_`."""
-    nan = logits.isnan().any(1)
-    votes, index = logits.float().argmax(1)[~nan], image_index[~nan]
+    nan = ~logits.amax(1).isfinite()  # amax is NaN where a number is
+    votes, index = logits.argmax(1)[~nan], image_index[~nan]
     counts.index_put_((index, votes), torch.ones_like(index), accumulate=True)
     return torch.bincount(image_index[nan], minlength=len(counts))
 

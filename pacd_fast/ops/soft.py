@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from pacd_fast.ops.libraries import SOFT_FLOATS, operators, require, require_device, transformed
+from pacd_fast.ops.libraries import ALL_FLOATS, operators, require, require_device, transformed
 
 
 def _soft_arguments(logits: Tensor, beta: float) -> Tensor:
     require_device(logits)
     require(
-        logits.dim() == 3 and min(logits.shape[1], logits.shape[2] - 1) >= 1 and logits.dtype in SOFT_FLOATS,
+        logits.dim() == 3 and min(logits.shape[1], logits.shape[2] - 1) >= 1 and logits.dtype in ALL_FLOATS,
         lambda: f"logits must be floating [B, k, C] with k >= 1 and C >= 2, not {logits.dtype} {tuple(logits.shape)}",
     )
     require(math.isfinite(beta) and beta > 0, lambda: f"beta must be positive and finite, not {beta}")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pacd_fast.ops.libraries import FLOATS, operators, require, require_device
+from pacd_fast.ops.libraries import ALL_FLOATS, operators, require, require_device
 
 
 def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
     """Votes: counts[image_index[m], argmax(logits[m])] += 1 for every row m, in one pass; the lowest index wins a tie.
 
-    In plain torch ``counts.index_put_((image_index, logits.argmax(1)), one, accumulate=True)``.
+    In plain torch ``counts.index_put_((image_index, logits.argmax(1)), one, accumulate=True)``.  A row that holds a
+    NaN, or whose largest logit is infinite (the model overflowed, which class is first is an accident), does not vote.
 
     Args:
         counts: int64 [N, classes], contiguous, changed in place.
-        logits: float32, bfloat16 or float16 [M, classes].
+        logits: float32, bfloat16, float16 or float64 [M, classes], compared in their own dtype.
         image_index: int64 [M] in [0, N).  On the CPU an index outside raises; on CUDA its row is left out.
 
     Returns:
-        int64 [N]: per image the rows that hold a NaN.  They are counted here and never voted.
+        int64 [N]: per image the rows that do not vote, NaN or infinite.
 
     Raises:
         ValueError: for wrong shapes, dtypes or devices.
@@ -30,9 +31,9 @@ def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
         "counts must be a contiguous int64 [N, classes]",
     )
     require(
-        logits.dim() == 2 and logits.shape[1] == counts.shape[1] and logits.shape[1] > 0 and logits.dtype in FLOATS,
+        logits.dim() == 2 and logits.shape[1] == counts.shape[1] and logits.shape[1] > 0 and logits.dtype in ALL_FLOATS,
         lambda: (
-            f"logits must be float32, bfloat16 or float16 [M, {counts.shape[1]}], "
+            f"logits must be float32, bfloat16, float16 or float64 [M, {counts.shape[1]}], "
             f"not {logits.dtype} {tuple(logits.shape)}"
         ),
     )

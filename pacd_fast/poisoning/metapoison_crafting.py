@@ -249,33 +249,25 @@ class _Crafting:
     ) -> tuple[Tensor, Tensor]:
         """The meta-gradient of the poisons in a batch, and (target loss before, after, margin, success)."""
         attack = self.attack
-        names = [name for name, _ in model.named_parameters()]
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         clean, share = x[~held], float(held.sum()) / len(x)
         logits_seen = []
 
-        def run(inner: tuple[Tensor, ...], images: Tensor) -> Tensor:
-            buffers = {name: b.clone() for name, b in model.named_buffers()}  # running statistics stay as they are
-            weights = dict(zip(names, inner, strict=True))
-            result: Tensor = torch.func.functional_call(model, (weights, buffers), (images,))
-            return result
-
-        def lower(u: Tensor, inner: tuple[Tensor, ...]) -> Tensor:
+        def lower(u: Tensor, model: nn.Module) -> Tensor:
             u = u.contiguous(memory_format=layout(u))
             if batch_norm:
-                return F.cross_entropy(run(inner, torch.cat([clean, u])), torch.cat([y[~held], y[held]]))
+                return F.cross_entropy(model(torch.cat([clean, u])), torch.cat([y[~held], y[held]]))
             # The same number from two passes: what does not depend on u is not differentiated twice in the first step.
-            poisoned = share * F.cross_entropy(run(inner, u), y[held])
-            return poisoned + (1 - share) * F.cross_entropy(run(inner, clean), y[~held]) if len(clean) else poisoned
+            poisoned = share * F.cross_entropy(model(u), y[held])
+            return poisoned + (1 - share) * F.cross_entropy(model(clean), y[~held]) if len(clean) else poisoned
 
-        def upper(u: Tensor, inner: tuple[Tensor, ...]) -> Tensor:
+        def upper(u: Tensor, model: nn.Module) -> Tensor:
             with eval_mode(model):
-                logits = run(inner, self.targets)
+                logits = model(self.targets)
             logits_seen.append(logits.detach())
             return adversarial_loss(logits, attack.adversarial_class, attack.objective, attack.confidence)
 
-        inner = tuple(model.parameters())
-        found = unrolled(upper, lower, u, inner, steps=attack.unroll, lr=rate, checkpoint=attack.recompute)
+        found = unrolled(upper, lower, u, model, steps=attack.unroll, lr=rate, checkpoint=attack.recompute)
         assert isinstance(found.gradient, Tensor)
         before = margin(logits_seen[0], attack.adversarial_class)
         success = (before < 0).float().mean()

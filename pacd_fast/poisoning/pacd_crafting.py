@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 from pacd_fast import _C, files
@@ -28,30 +27,22 @@ from pacd_fast.randomness import Purpose, mix, seeded
 from pacd_fast.training import SmoothAdv, eval_mode, network_for
 
 
-def lower_problem(
-    network: nn.Module, loss: Any, clean: Tensor, y: Tensor, seed: int, poison: Tensor
-) -> tuple[Composite, tuple[Tensor, ...]]:
-    """A training loss as (poison batch, weights) -> scalar, and the weights of the network as they are.
+def lower_problem(network: nn.Module, loss: Any, clean: Tensor, y: Tensor, seed: int, poison: Tensor) -> Composite:
+    """A training loss as (poison batch, network) -> scalar.
 
     The batch is the clean images and after them the poison; labels y [clean + poison].  SmoothAdv's perturbation is
-    found at these weights and then held (Mehra et al. 2021, 4.3).  Every evaluation draws the same dropout, and leaves
-    batch norm's running statistics as they are.
+    found at the network's weights and then held (Mehra et al. 2021, 4.3).  Every evaluation draws the same dropout.
     """
-    names = [name for name, _ in network.named_parameters()]
-    weights = tuple(p.detach() for p in network.parameters())
     shift = torch.zeros((), device=clean.device)
     if isinstance(loss, SmoothAdv):
         shift = loss.perturbation(network, torch.cat([clean, poison.detach()]), y, seed=seed)
 
-    def outputs(u: Any, inner: Sequence[Tensor]) -> Tensor:
-        u = u if isinstance(u, Tensor) else u[0]
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    def outputs(u: Tensor, network: nn.Module) -> Tensor:
         with seeded(clean.device, mix(seed, Purpose.PACD_PROBLEM_DROPOUT)):
-            x = loss.inputs(torch.cat([clean, u]) + shift, seed=seed)
-            logits: Tensor = functional_call(network, {**dict(zip(names, inner, strict=True)), **buffers}, (x,))
+            logits: Tensor = network(loss.inputs(torch.cat([clean, u]) + shift, seed=seed))
         return logits
 
-    return Composite(outputs, lambda logits: loss.of_logits(logits, y)), weights
+    return Composite(outputs, lambda logits: loss.of_logits(logits, y))
 
 
 def pacd(
@@ -280,14 +271,14 @@ class _Crafting:
             self.optimizer.step()
         x, y = self._clean_batch(draw)
         noise = mix(self.seed, Purpose.PACD_PROBLEM_NOISE, self.epoch, self.step)
-        problem, weights = lower_problem(self.network, loss, x, torch.cat([y, labels]), noise, u)
+        problem = lower_problem(self.network, loss, x, torch.cat([y, labels]), noise, u)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SolverWarning)  # counted below, and reported with the poison
             gradient, found, upper, lower = hypergradient(
                 self._cost(draw),
                 problem,
                 u,
-                weights,
+                self.network,
                 solver=recipe.solver,
                 curvature=recipe.curvature,
                 damping=recipe.damping,
@@ -310,22 +301,16 @@ class _Crafting:
             "products": found.products,
         }  # fmt: skip
 
-    def _cost(self, draw: torch.Generator) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+    def _cost(self, draw: torch.Generator) -> Callable[[Tensor, nn.Module], Tensor]:
         """The upper loss on validation images that `draw` chooses."""
         count = min(self.recipe.upper_batch, len(self.x_upper))
         chosen = torch.randperm(len(self.x_upper), generator=draw)[:count].to(self.device)
         x, y = self.x_upper[chosen], self.y_upper[chosen]
-        names = [name for name, _ in self.network.named_parameters()]
+        seed = mix(self.seed, Purpose.PACD_UPPER_NOISE, self.epoch, self.step)
 
-        def cost(outer: Tensor, inner: Sequence[Tensor]) -> Tensor:
-            weights = dict(zip(names, inner, strict=True))
-            with eval_mode(self.network):  # as a victim is certified
-                return self.upper(
-                    lambda images: functional_call(self.network, weights, (images,)),
-                    x,
-                    y,
-                    seed=mix(self.seed, Purpose.PACD_UPPER_NOISE, self.epoch, self.step),
-                )
+        def cost(u: Tensor, network: nn.Module) -> Tensor:
+            with eval_mode(network):  # as a victim is certified
+                return self.upper(network, x, y, seed=seed)
 
         return cost
 
