@@ -143,6 +143,7 @@ py::array_t<double> flip_table(double q, int64_t classes, int64_t r_max, double 
 }
 
 using Influences = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Counts = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 std::pair<py::array_t<int64_t>, py::array_t<int64_t>> flips_of_linear_votes(Influences alpha, Counts y, double q,
                                                                             int64_t classes, bool smoothed,

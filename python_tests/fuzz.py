@@ -330,7 +330,7 @@ def trial(work: Path, good: Path, number: int, seed: int) -> str | None:
 
 def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> tuple[int, list[str]]:
     """How many inputs there was time for, and what was wrong with which."""
-    problems, done, end = [], 0, time.monotonic() + seconds
+    problems, done = [], 0
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name).resolve()
@@ -346,6 +346,7 @@ def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> tuple[int, l
             words = commands[-1].replace("{}", name).split()
             code, said = ended(fresh(work, good), words, None)
             assert code == 0, f"{' '.join(words)} ended with {code}: {said}"
+        end = time.monotonic() + seconds
         for number in range(first, first + inputs):
             if time.monotonic() > end:
                 break

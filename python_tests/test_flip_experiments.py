@@ -10,7 +10,6 @@ import pytest
 
 from pacd_fast import LabelFlipCertifier
 from pacd_fast.cli import main
-from pacd_fast.experiments import flips as flip_figures
 from pacd_fast.experiments.flips import FIGURES, Figure, reproduce_flips
 from pacd_fast.labelflips import problems
 from pacd_fast.labelflips.certifier import CERTIFICATES
@@ -136,8 +135,8 @@ def test_reproduce_goes_on_with_the_features_it_had(mnist, tmp_path, monkeypatch
     folder.mkdir()
     load_features("mnist", "pca", 5, data_dir=str(mnist)).save(folder / "flips-mnist-features.npz")
     (folder / "flips-mnist.tsv").write_bytes(b"".join(lines[:100]))
-    monkeypatch.setattr(
-        flip_figures,
+    monkeypatch.setitem(
+        reproduce_flips.__globals__,
         "load_features",
         lambda path, *a, **k: load_features(path) if path.endswith(".npz") else pytest.fail(),
     )
@@ -268,6 +267,6 @@ def test_feature_files_that_are_damaged_or_have_no_classes(features, tmp_path, c
     (tmp_path / "half.npz").write_bytes(whole[: len(whole) // 2])
     arrays = dict(np.load(features))
     np.savez(tmp_path / "floats.npz", **{**arrays, "y_train": arrays["y_train"] + 0.5})
-    for name, message in (("half.npz", "is not an .npz file"), ("floats.npz", "y_train must be whole numbers")):
+    for name, message in (("half.npz", "not a readable .npz file"), ("floats.npz", "y_train must be whole numbers")):
         assert main(["labelflip", "--data", str(tmp_path / name), "--out", str(tmp_path / "a.tsv")]) == 2
         assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -114,8 +115,12 @@ def test_other_files_are_refused(tmp_path):
         parts = dict(file)
     np.savez(tmp_path / "order.npz", **{**parts, "index": parts["index"][::-1]})
     np.savez(tmp_path / "sizes.npz", **{**parts, "labels": parts["labels"][:2]})
-    for name in ("text", "arrays", "objects", "order", "sizes"):
-        with pytest.raises(ValueError, match="is not a poison file"):
+    ball = {"attack": "a", "epsilon": 1e9, "norm": "linf", "data": "d@0", "settings": {}}
+    np.savez(tmp_path / "ball.npz", **{**parts, "about": json.dumps(ball)})
+    np.savez(tmp_path / "deep.npz", **{**parts, "about": "[" * 100_000})
+    np.savez(tmp_path / "none.npz", **{k: v[:0] if k != "about" else v for k, v in parts.items()})
+    for name in ("text", "arrays", "objects", "order", "sizes", "ball", "deep", "none"):
+        with pytest.raises(ValueError, match=rf"{name}.npz.* not a (readable )?poison file"):
             Poison.load(tmp_path / f"{name}.npz")
     with pytest.raises(FileNotFoundError, match="create it first"):
         poison.save(tmp_path / "nowhere" / "p.npz")

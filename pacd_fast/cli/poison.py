@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pacd_fast.arguments import number, whole_number
+from pacd_fast.arguments import number, seed_in_range, whole_number
 from pacd_fast.cli.flags import Help, add_data, add_device, add_fields, add_out, device_of, given, load_data
 from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments import plots
@@ -137,6 +137,7 @@ def run(options: argparse.Namespace) -> None:
     resume = getattr(options, "resume", False)
     new_file(out.with_suffix(".png"), force=options.force or resume)
     with claimed(out, force=options.force, resume=resume):
+        seed_in_range(options.seed)
         _craft(options, device_of(options.device), out)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pacd_fast.arguments import at_least
-from pacd_fast.data import UNREADABLE, as_float, load_dataset
+from pacd_fast.data import as_float, load_dataset, open_npz
 from pacd_fast.labelflips.attacks import LogisticAttack, attack_smoothed
 from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
@@ -147,26 +147,25 @@ def _unsupervised(features: str, train: Tensor, test: Tensor, dim: int, seed: in
 
 def _npz_features(path: str, features: str | None) -> FeatureData | None:
     """The features in an .npz file; None where it holds images (x_train) instead."""
-    try:
-        with np.load(path) as file:
-            names = set(file.files)
-            if "x_train" in names and "X_train" not in names:
-                return None
-            keys = ("X_train", "y_train", "X_test", "y_test")
-            arrays = [np.asarray(file[key]) for key in keys if key in names]
-            name = str(file["name"]) if "name" in names else Path(path).stem
-    except UNREADABLE as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is not an .npz file that can be read: {error}") from error
+    keys = ("X_train", "y_train", "X_test", "y_test")
+    with open_npz(path) as file:
+        file.look((*keys, "name", "x_train"))
+        names = set(file.declared)
+        if "x_train" in names and "X_train" not in names:
+            return None
+        arrays = [file.read(key) for key in keys if key in names]
+        name = str(file.read("name")) if "name" in names else Path(path).stem
     if missing := [key for key in keys if key not in names]:
         raise ValueError(f"{path} has no {', '.join(missing)}: save features as {', '.join(keys)}")
     if features is not None:
         raise ValueError(f"{path} holds features already: leave out --features")
+    for i in (0, 2):
+        if arrays[i].dtype.kind not in "biuf" or arrays[i].ndim != 2 or not np.isfinite(arrays[i]).all():
+            raise ValueError(f"{path}: {keys[i]} must be finite numbers [points, features]")
     for i in (1, 3):
         labels = arrays[i]
         whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)))
-        if not whole or labels.ndim != 1 or (labels < 0).any():
+        if not whole or labels.ndim != 1 or (labels < 0).any() or (labels >= 2**31).any():
             raise ValueError(f"{path}: {keys[i]} must be whole numbers, 0 and up, one per point")
         arrays[i] = labels.astype(np.int64)
         if len(arrays[i - 1]) != len(arrays[i]):

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import numpy as np
 
+from pacd_fast.arguments import writable
 from pacd_fast.files import AnotherRun
 from pacd_fast.labelflips.rules import exact_flips, kl_flips
 
@@ -113,10 +114,7 @@ class FlipFile:
 
     def __init__(self, path: str | Path, run: Run) -> None:
         self.path, self.run = Path(path), run
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: the folder {self.path.parent} does not exist; create it first")
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{path} is not a regular file; give another name")
+        new = not writable(path).exists()
         self._file = io.FileIO(self.path, "a")  # unbuffered: what `append` was given is one write
         try:
             try:
@@ -143,6 +141,8 @@ class FlipFile:
                 self._write(_HEADER)
         except BaseException:
             self._file.close()
+            if new:
+                self.path.unlink(missing_ok=True)
             raise
 
     def same_l2(self, certificate: str, q: float, l2: float, conditional: bool) -> None:
@@ -169,7 +169,11 @@ class FlipFile:
 
     def _write(self, text: str) -> None:
         data = text.encode()
-        if self._file.write(data) != len(data):
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if written != len(data):
             raise OSError(f"{self.path}: not everything was written; is the disk full?")
 
     def close(self) -> None:
@@ -201,9 +205,10 @@ _LONGEST_TABLES = 300_000  # flips, all curves together: a few seconds, whatever
 
 def _parse(path: Path, raw: bytes) -> dict[Group, dict[int, Point]]:
     """The checked rows of a file by what they have in common; an unfinished last line is left out."""
-    if raw.startswith("\t".join(COLUMNS[:7]).encode()) and not raw.startswith(_HEADER.encode()):
+    header, torn = raw.startswith(_HEADER.encode()), _HEADER.encode().startswith(raw)
+    if raw.startswith("\t".join(COLUMNS[:7]).encode()) and not header and not torn:
         raise ValueError(f"{path} is a file of an earlier version, without all columns: run labelflip again")
-    if not raw.startswith(_HEADER.encode()):
+    if not header:
         raise ValueError(f"{path} is not a file of label-flip certificates (its header is not {' '.join(COLUMNS)})")
     try:
         lines = raw[: raw.rfind(b"\n")].decode("utf-8").split("\n")[1:]

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pacd_fast.arguments import positive, writable
-from pacd_fast.data import UNREADABLE, Dataset, as_float
-from pacd_fast.files import replaced
+from pacd_fast.data import UNREADABLE, Dataset, as_float, open_npz
+from pacd_fast.files import reason, replaced
 
 NORMS = ("linf", "l2")
 
@@ -241,12 +240,10 @@ class Poison:
 
         Raises FileNotFoundError where there is none, ValueError for another kind of file.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such poison file")
+        with open_npz(path, "poison file") as file:
+            file.look(("index", "images", "labels", "about"))
+            arrays = {name: file.read(name) for name in file.declared}
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("index", "images", "labels", "about")}
             about = json.loads(str(arrays["about"]))
             ball = Ball(float(about["epsilon"]), about["norm"])
             index, images, labels = (torch.from_numpy(arrays[name]) for name in ("index", "images", "labels"))
@@ -255,12 +252,14 @@ class Poison:
                 and images.dtype in (torch.uint8, torch.float32)
                 and index.shape == labels.shape == images.shape[:1]
                 and bool((index.diff() > 0).all())
-                and (len(index) == 0 or int(index[0]) >= 0)
+                and len(index) > 0
+                and int(index[0]) >= 0
+                and ball.epsilon <= (1.0 if ball.norm == "linf" else images[0].numel() ** 0.5)
                 and isinstance(about["settings"], dict)
             )
             found = cls(str(about["attack"]), index, images, labels, ball, str(about["data"]), about["settings"])
-        except (*UNREADABLE, LookupError) as error:
-            raise ValueError(f"{path} is not a poison file ({type(error).__name__}: {error})") from error
+        except (*UNREADABLE, RecursionError) as error:
+            raise ValueError(f"{path} is not a poison file ({reason(error)})") from error
         if not sound:
             raise ValueError(f"{path} is not a poison file: its arrays do not fit each other")
         return found
