@@ -1,49 +1,90 @@
-"""Whole certifications at n = 100 000: ours, the published loop, ART's, and the bare forward pass.
+"""Whole certifications: ours, the published loop, ART's, and the bare forward pass, eager and compiled.
+
+    python -m benchmarks.bench_certify [mnist-cnn | resnet20 | resnet110]
 
 Every contender runs in a process of its own, so that none inherits another's memory, caches or settings, and all of
-them in turn in every round; ratios are those of one round.
+them in turn in every round; ratios are those of one round.  Weights are random; the ResNets are plain modules, with no
+code of ours in them.  Compiling is left out: it is paid once, for all images (the table says how long it took).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from tqdm import tqdm
 
 import pacd_fast
 from benchmarks.report import medians, record
 from pacd_fast import _C, ops
 from pacd_fast.data import as_float, load_dataset
-from pacd_fast.networks import build
+from pacd_fast.networks import build, fold_batch_norm
 from pacd_fast.ops import reference
 
 N = 100_000
+DRAWN = {"mnist-cnn": 100_000, "resnet20": 10_000, "resnet110": 2000}  # samples of one timing
+ROUNDS = {"mnist-cnn": 5, "resnet20": 3, "resnet110": 1}
 DEVICE = "cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu"
+NAME = next((name for name in DRAWN if name in sys.argv[1:]), "mnist-cnn")
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut (He et al. 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + self.shortcut(x)).relu()
+
+
+def resnet(depth: int) -> nn.Module:
+    blocks = (depth - 2) // 6
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+        layers += [Block(inputs, outputs, 1 if inputs == outputs else 2)]
+        layers += [Block(outputs, outputs, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def network(dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
     torch.manual_seed(0)
-    model = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)).eval()
+    if NAME == "mnist-cnn":
+        model = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28)).eval()
+    else:
+        model = resnet(int(NAME.removeprefix("resnet"))).eval()
     return model.to(DEVICE, dtype, memory_format=layout)
 
 
 def image() -> Tensor:
-    return as_float(load_dataset("mnist5k").x_test[0]).to(DEVICE)
+    if NAME == "mnist-cnn":
+        return as_float(load_dataset("mnist5k").x_test[0]).to(DEVICE)
+    return torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
 def published() -> tuple[float, str]:
     smooth, x = reference.Smooth(network(torch.float32, torch.contiguous_format), 10, 0.5), image()
-    smooth.certify(x, 100, 2000, 0.001, 1000)
+    smooth.certify(x, 100, 1000, 0.001, 1000)
     start = time.perf_counter()
-    smooth.certify(x, 100, N, 0.001, 1000)
+    smooth.certify(x, 100, DRAWN[NAME], 0.001, 1000)
     return time.perf_counter() - start, "batch 1000"
 
 
@@ -55,7 +96,7 @@ def art() -> tuple[float, str]:
     smooth = PyTorchRandomizedSmoothing(
         model=network(torch.float32, torch.contiguous_format),
         loss=nn.CrossEntropyLoss(),
-        input_shape=(1, 28, 28),
+        input_shape=tuple(image().shape),
         nb_classes=10,
         channels_first=True,
         sample_size=100,
@@ -64,14 +105,14 @@ def art() -> tuple[float, str]:
         device_type="gpu" if DEVICE == "cuda" else "cpu",
     )
     x = image().unsqueeze(0).cpu().numpy().astype(np.float32)
-    smooth.certify(x, n=2000, batch_size=1000)
+    smooth.certify(x, n=1000, batch_size=1000)
     start = time.perf_counter()
-    smooth.certify(x, n=N, batch_size=1000)
+    smooth.certify(x, n=DRAWN[NAME], batch_size=1000)
     return time.perf_counter() - start, "batch 1000"
 
 
-def bare(dtype: torch.dtype) -> tuple[float, str]:
-    """Nothing but the network, on N noisy samples that lie ready, at the best of several batch sizes and layouts.
+def bare(dtype: torch.dtype, compiled: bool) -> tuple[float, str]:
+    """Nothing but the network, on noisy samples that lie ready, at the best of several batch sizes and layouts.
 
     Noisy, and several batches in turn, because max pooling depends on its input: on the clean image, or on one batch
     again and again, its branches are guessed right and a pass takes up to a fifth less time.
@@ -79,52 +120,68 @@ def bare(dtype: torch.dtype) -> tuple[float, str]:
     if DEVICE == "cpu":
         _C.keep_freed_memory()
     x, found = image().unsqueeze(0), {}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        model = network(dtype, layout)
-        for size in (64, 128, 256, 512, 1024) if DEVICE == "cpu" else (1024, 4096, 16384):
+    one_channel = compiled and x.shape[1] == 1
+    layouts = (torch.contiguous_format,) if one_channel else (torch.contiguous_format, torch.channels_last)
+    sizes = (1024, 4096, 16384) if DEVICE == "cuda" else (256, 512) if compiled else (64, 128, 256, 512, 1024)
+    for layout in layouts[-1:] if compiled else layouts:
+        model = network(dtype, layout).requires_grad_(False)
+        if compiled:
+            fold_batch_norm(model)
+        for size in sizes:
             batches = [
-                ops.noisy_copies(x, 0.5, size, 1, first=i * size, dtype=dtype, memory_format=layout) for i in range(8)
+                ops.noisy_copies(x, 0.5, size, 1, first=i * size, dtype=dtype, memory_format=layout) for i in range(4)
             ]
-            with torch.inference_mode():
-                run = {"all": lambda model=model, batches=batches: [model(batch) for batch in batches]}
-                seconds = medians(run, rounds=5)["all"] / 8
-            found[size, str(layout).removeprefix("torch.").removesuffix("_format")] = (seconds / size, model, batches)
+            with torch.inference_mode(), inductor.patch(freezing=True):
+                torch._dynamo.reset()
+                call = torch.compile(model, dynamic=False) if compiled else model
+                run = {"all": lambda call=call, batches=batches: [call(batch) for batch in batches]}
+                seconds = medians(run, rounds=3 if compiled else 5)["all"] / 4
+            found[size, str(layout).removeprefix("torch.").removesuffix("_format")] = (seconds / size, call, batches)
     size, name = min(found, key=lambda key: found[key][0])
-    _, model, batches = found[size, name]
+    _, call, batches = found[size, name]
     start = time.perf_counter()
     with torch.inference_mode():
-        for i in range(N // size):
-            model(batches[i % 8])
+        for i in range(DRAWN[NAME] // size):
+            call(batches[i % 4])
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) * N / (N // size * size), f"batch {size}, {name}"
+    return (time.perf_counter() - start) * DRAWN[NAME] / (DRAWN[NAME] // size * size), f"batch {size}, {name}"
 
 
-def ours(dtype: torch.dtype) -> tuple[float, str]:
-    model, x = network(torch.float32, torch.contiguous_format), image().unsqueeze(0)
-    options: dict[str, Any] = dict(num_classes=10, sigma=0.5, seed=1, dtype=dtype)
-    pacd_fast.certify(model, x, n=2000, **options)
+def ours(dtype: torch.dtype, compiled: bool, noise: str = "lattice") -> tuple[float, str]:
+    """Smooth prepares the network at its first call: folded, cast, compiled, and its batch size chosen."""
+    model, x = network(torch.float32, torch.contiguous_format), image()
+    smooth = pacd_fast.Smooth(model, 10, 0.5, seed=1, dtype=dtype, compile=compiled, noise=noise)
+    rows = 256 if DEVICE == "cpu" else 4096
     start = time.perf_counter()
-    pacd_fast.certify(model, x, n=N, **options)
-    return time.perf_counter() - start, "batch size found on the way"
+    smooth.certify(x, 100, 1000, 0.001, rows)
+    prepared = time.perf_counter() - start
+    start = time.perf_counter()
+    found = smooth.certify(x, 100, DRAWN[NAME], 0.001, rows)
+    seconds = time.perf_counter() - start
+    assert found[1] > 0, "the image is certified, and all samples were drawn"
+    return seconds, f"batch {rows}" + (f", compiled in {prepared:.0f} s" if compiled else "")
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[], tuple[float, str]]] = {
     "published loop (Cohen et al.)": published,
     "ART PyTorchRandomizedSmoothing": art,
-    "bare forward pass, float32": lambda: bare(torch.float32),
-    "pacd_fast, float32": lambda: ours(torch.float32),
-    "bare forward pass, bfloat16": lambda: bare(torch.bfloat16),
-    "pacd_fast, bfloat16": lambda: ours(torch.bfloat16),
 }
+for _dtype in (torch.float32, torch.bfloat16):
+    for _compiled in (False, True):
+        _what = str(_dtype).removeprefix("torch.") + (", compiled" if _compiled else "")
+        CONTENDERS[f"bare forward pass, {_what}"] = functools.partial(bare, _dtype, _compiled)
+        CONTENDERS[f"pacd_fast, {_what}"] = functools.partial(ours, _dtype, _compiled)
+CONTENDERS["pacd_fast, bfloat16, compiled, noise in floats"] = functools.partial(ours, torch.bfloat16, True, "float")
 
 
-def main(rounds: int = 5) -> None:
+def main(network_name: str = NAME) -> None:
+    rounds = ROUNDS[network_name]
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     how: dict[str, str] = {}
     for _ in tqdm(range(rounds), unit="round", desc="certify", mininterval=10):
         for name in CONTENDERS:
-            command = [sys.executable, "-m", "benchmarks.bench_certify", name]
+            command = [sys.executable, "-m", "benchmarks.bench_certify", network_name, "--one", name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 print(f"{name} is left out: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -143,18 +200,21 @@ def main(rounds: int = 5) -> None:
         if not seconds:
             continue
         median = sorted(seconds)[len(seconds) // 2]
-        forward = name.replace("pacd_fast", "bare forward pass")
+        forward = name.replace("pacd_fast", "bare forward pass").removesuffix(", noise in floats")
         rows.append(
             {
                 "one image, n = 100 000": f"{name}, {how[name]}",
-                "s": median,
-                "us a sample": median / N * 1e6,
+                "s": median * N / DRAWN[network_name],
+                "us a sample": median / DRAWN[network_name] * 1e6,
                 "times the published loop": ratio("published loop (Cohen et al.)", name),
                 "over the bare forward pass": f"{ratio(name, forward) - 1:+.1%}" if forward != name else "-",
             }
         )
-    record("certification", rows, DEVICE)
+    record("certification" if network_name == "mnist-cnn" else f"certification, {network_name}", rows, DEVICE)
 
 
 if __name__ == "__main__":
-    print("\t".join(map(str, CONTENDERS[sys.argv[1]]())))
+    if "--one" in sys.argv:
+        print("\t".join(map(str, CONTENDERS[sys.argv[sys.argv.index("--one") + 1]]())))
+    else:
+        main()

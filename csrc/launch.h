@@ -1,8 +1,8 @@
 // How a kernel gets onto a CUDA card: the one place where a grid is launched and its errors are read.
 //
-// ops_cuda.cu needs nothing else of the CUDA runtime.  A file that brings its own `launch`, `multiprocessors` and the words
-// of CUDA C++ (__global__, threadIdx, ...) can include ops_cuda.cu under another compiler, and play the kernels there:
-// python_tests/played.
+// ops_cuda.cu needs nothing else of the CUDA runtime.  A file that brings its own `launch`, `multiprocessors` and the
+// words of CUDA C++ (__global__, threadIdx, ...) can include ops_cuda.cu under another compiler, and play the kernels
+// there: python_tests/played.
 #pragma once
 
 #include <cuda_runtime.h>

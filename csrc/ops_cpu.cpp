@@ -47,6 +47,15 @@ PACD_CLONES void rows_between(const Kernel& kernel, int64_t begin, int64_t end) 
   for (int64_t row = begin; row < end; ++row) kernel(row);
 }
 
+// Whole numbers, so the order in which threads add does not matter.
+template <class Kernel>
+struct AddOnes {
+  Kernel kernel;
+  PACD_INLINE void operator()(int64_t row) const {
+    if (int64_t* counter = kernel.counter(row)) __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+  }
+};
+
 template <class Kernel>
 PACD_CLONES void teams_between(const Kernel& shared, int64_t begin, int64_t end) {
   const Kernel kernel = shared;
@@ -94,6 +103,11 @@ struct Cpu {
   template <class Kernel>
   static void run_rows(const Kernel& kernel, int64_t rows, int64_t grain, const Tensor&) {
     split(rows, grain, [&](int64_t begin, int64_t end) { rows_between(kernel, begin, end); });
+  }
+
+  template <class Kernel>
+  static void run_counts(const Kernel& kernel, int64_t rows, int64_t grain, const Tensor& on) {
+    run_rows(AddOnes<Kernel>{kernel}, rows, grain, on);
   }
 
   template <class Kernel>

@@ -9,22 +9,27 @@ namespace {
 
 constexpr int block_size = 256;
 
+// A thread takes Kernel::wide neighbouring lanes of a tile: what it writes lies together, and its divisions serve many
+// numbers.
 template <class Kernel>
 __global__ void __launch_bounds__(block_size) tiles_kernel(Kernel kernel, int64_t rows, int64_t tiles) {
-  const int64_t count = rows * tiles * tile_lanes;
+  constexpr int wide = Kernel::wide, threads = tile_lanes / wide, words = tile_size / tile_lanes;  // threads: of a tile
+  const int64_t count = rows * tiles * threads;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
-    const int lane = static_cast<int>(i % tile_lanes);
-    const int64_t r = i / tile_lanes / tiles, tile = i / tile_lanes % tiles;
+    const int64_t r = quotient(i, tiles * threads), place = i - r * tiles * threads, tile = place / threads;
+    const int lane = static_cast<int>(place % threads) * wide;
     const typename Kernel::Row row = kernel.row(r);
-    constexpr int numbers = tile_size / tile_lanes;
-    float number[numbers];
-    four_normals<typename Kernel::Pairs>(random_words(row.key, static_cast<uint32_t>(tile * tile_lanes + lane)), number,
-                                         1);
+    float numbers[words][wide];
 #pragma unroll
-    for (int j = 0; j < numbers; ++j) {
-      const int64_t e = tile * tile_size + j * tile_lanes + lane;
-      if (e < kernel.elements) kernel.put(row, e, number[j]);
+    for (int j = 0; j < wide; ++j) {
+      const auto block = static_cast<uint32_t>(tile * tile_lanes + lane + j);
+      four_normals<typename Kernel::Pairs>(random_words(row.key, block), &numbers[0][j], wide);
+    }
+#pragma unroll
+    for (int word = 0; word < words; ++word) {
+      const int64_t e = tile * tile_size + word * tile_lanes + lane;
+      if (e < kernel.elements) kernel.put_neighbours(row, e, numbers[word]);
     }
   }
 }
@@ -34,6 +39,20 @@ __global__ void __launch_bounds__(block_size) rows_kernel(Kernel kernel, int64_t
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += stride)
     kernel(row);
+}
+
+// The threads of a warp whose rows count for one number add to it once: votes for one class of one image would queue.
+template <class Kernel>
+__global__ void __launch_bounds__(block_size) counts_kernel(Kernel kernel, int64_t rows) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x - lane;
+  for (; first < rows; first += stride) {  // all of a warp, or none
+    int64_t* counter = first + lane < rows ? kernel.counter(first + lane) : nullptr;
+    const unsigned same = __match_any_sync(0xFFFFFFFFu, reinterpret_cast<unsigned long long>(counter));
+    if (counter && lane == __ffs(static_cast<int>(same)) - 1)
+      atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(__popc(same)));
+  }
 }
 
 // A block is a team: thread l plays lane l, in the order of SerialTeam, so that the bits are those of the CPU.
@@ -112,12 +131,17 @@ struct Cuda {
   template <class Kernel>
   static void run_tiles(const Kernel& kernel, int64_t rows, const Tensor& on) {
     const int64_t tiles = (kernel.elements + tile_size - 1) / tile_size;
-    launch(tiles_kernel<Kernel>, blocks(rows * tiles * tile_lanes), block_size, on, kernel, rows, tiles);
+    launch(tiles_kernel<Kernel>, blocks(rows * tiles * tile_lanes / Kernel::wide), block_size, on, kernel, rows, tiles);
   }
 
   template <class Kernel>
   static void run_rows(const Kernel& kernel, int64_t rows, int64_t, const Tensor& on) {
     if (rows > 0) launch(rows_kernel<Kernel>, blocks(rows), block_size, on, kernel, rows);
+  }
+
+  template <class Kernel>
+  static void run_counts(const Kernel& kernel, int64_t rows, int64_t, const Tensor& on) {
+    if (rows > 0) launch(counts_kernel<Kernel>, blocks(rows), block_size, on, kernel, rows);
   }
 
   template <class Kernel>

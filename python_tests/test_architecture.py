@@ -120,7 +120,10 @@ def test_names_that_users_have_stay_where_they_are():
 
 
 def test_reference_is_for_tests_and_benchmarks():
+    """`pacd-fast bench`, whose peer it is, aside."""
     for path in SOURCES:
+        if name_of(path) == "pacd_fast/certification/timing.py":
+            continue
         assert not any("reference" in (module, *names) for _, module, names in targets(path)), name_of(path)
 
 

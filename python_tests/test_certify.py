@@ -182,7 +182,7 @@ class Broken(nn.Module):
 def test_nan_is_an_error_that_names_the_image():
     x = torch.zeros(3, 3)
     x[1, 0] = 100
-    with pytest.raises(ValueError, match=r"NaN for \d+ of \d+ noisy copies of image 17"):
+    with pytest.raises(ValueError, match=r"NaN or infinity for \d+ of \d+ noisy copies of image 17"):
         pacd_fast.certify(Broken(), x, num_classes=3, sigma=0.1, n=1000, image_ids=torch.tensor([5, 17, 6]))
     each = pacd_fast.certify_each(
         Broken(), x, num_classes=3, sigma=0.1, n=1000, seed=1, image_ids=torch.tensor([5, 17, 6]), batch_size=64

@@ -337,7 +337,7 @@ def test_the_planner_says_what_is_wrong():
         planner.report(np.zeros((2, 4)))
     assert planner.failure == ""
     planner.report([[20, 0, 0], [29, 0, 0]])
-    assert planner.failure == "the model returned NaN for 3 of 32 noisy copies of image 41"
+    assert planner.failure == "the model returned NaN or infinity for 3 of 32 noisy copies of image 41"
     assert planner.done and planner.finished() == []
     with pytest.raises(ValueError, match="rows must be positive"):
         planner.plan(0)

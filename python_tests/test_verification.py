@@ -139,7 +139,7 @@ TAMPERED = {
     "sigma": ("full", everywhere("sigma", "1.0")),
     "sides": ("two sides", everywhere("sides", "1")),
     "target": ("full", everywhere("target", "radii 0.1 0.3")),
-    "targets": ("radii", everywhere("target", "radii 0.1 0.35 0.5")),
+    "targets": ("radii", everywhere("target", "radii 0.2 0.4 0.6")),
     "full instead of radii": ("radii", everywhere("target", "full")),
     "tolerance": ("tolerance", everywhere("target", "tolerance 0.2")),
     "no such target": ("full", everywhere("target", "all")),

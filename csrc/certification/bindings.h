@@ -182,7 +182,7 @@ inline void bind_sequential(py::module_& m) {
              planner.report(votes.data(), voids ? voids->data() : nullptr, votes.shape(0));
            }, py::arg("votes"), py::arg("voids") = std::nullopt,
            "The votes int64 [slots, classes] of the oldest plan not yet reported, a row for each slot that it completed, and how\n"
-           "many samples of each were void [slots]. Samples without a vote (NaN logits) are a failure.")
+           "many samples of each were void [slots]. Samples without a vote (NaN or infinite logits) are a failure.")
       .def_property_readonly("failure", &SequentialPlanner::failure,
            "What went wrong with the first image that has samples without a vote, or \"\": no image is started after it.")
       .def("finished", &SequentialPlanner::finished, "[(image, Outcome)] decided since the last call.")

@@ -83,7 +83,7 @@ class SequentialPlanner {
   }
 
   // The votes of the oldest plan that has not been reported, a row of [classes] for each of its complete slots; `voids`:
-  // how many samples of each were void, or null.  A sample without a vote (NaN logits) is a failure that names the image:
+  // how many samples of each were void, or null.  A sample without a vote (NaN or infinite logits) is a failure that names the image:
   // no new image is started then, and those on their way are decided before the caller gives up.
   void report(const int64_t* votes, const int64_t* voids, int64_t slots) {
     if (waiting_.empty()) throw std::invalid_argument("there is no plan to report");
@@ -132,7 +132,7 @@ class SequentialPlanner {
   };
 
   std::string no_vote(const Interval& interval, int64_t votes) const {
-    return "the model returned NaN for " + std::to_string(interval.count - votes) + " of " + std::to_string(interval.count) +
+    return "the model returned NaN or infinity for " + std::to_string(interval.count - votes) + " of " + std::to_string(interval.count) +
            " noisy copies of image " + std::to_string(ids_[static_cast<size_t>(interval.image)]);
   }
 

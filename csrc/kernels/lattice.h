@@ -73,8 +73,7 @@ struct LatticeCopies {
   };
 
   PACD_INLINE Row row(int64_t r) const {
-    const bool small = (r | copies) < 0x100000000;  // a quicker division
-    const int64_t image = small ? static_cast<uint32_t>(r) / static_cast<uint32_t>(copies) : r / copies;
+    const int64_t image = quotient(r, copies);
     const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
     return {{seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))},
             image * elements,
@@ -112,6 +111,11 @@ struct LatticeCopies {
     const float t = quick_sum(lattice, part[at.pixels + e], number), j = round_whole(t);
     if (is_open(lattice, t, j)) return settle(at, e);
     convert(lattice.point(whole[at.pixels + e] + j), at.target + place_in_row(e));
+  }
+
+  static constexpr int wide = 1;  // lanes of a tile that a thread of a card takes
+  PACD_INLINE void put_neighbours(const Row& at, int64_t e, const float (&numbers)[wide]) const {
+    put(at, e, numbers[0]);
   }
 
   // The elements [begin, end) of some tiles, in runs of one channel.

@@ -1,7 +1,7 @@
 // The noisy copies of images: a noise kernel, for the executors that draw its normal numbers tile by tile.
 //
-// It has `Pairs`, which makes two normal numbers of two random words, `row`, what the elements of a row share, and `put`,
-// which turns one normal number into one element (`put_run`: a tile of them).
+// It has `Pairs`, which makes two normal numbers of two random words, `row`, what the elements of a row share, and
+// what turns normal numbers into elements: `put_neighbours` for the few of a card's thread, `put_run` for some tiles.
 #pragma once
 
 #include <type_traits>
@@ -39,8 +39,7 @@ struct NoisyCopies {
   };
 
   PACD_INLINE Row row(int64_t r) const {
-    const bool small = (r | copies) < 0x100000000;  // a quicker division
-    const int64_t image = small ? static_cast<uint32_t>(r) / static_cast<uint32_t>(copies) : r / copies;
+    const int64_t image = quotient(r, copies);
     const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
     return {{seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))},
             x + image * elements,
@@ -52,12 +51,28 @@ struct NoisyCopies {
     return normalise ? (noisy - shift) * inverse : noisy;
   }
 
-  // One element, anywhere.
-  PACD_INLINE void put(const Row& at, int64_t e, float number) const {
-    const int64_t plane = elements / channels, channel = e / plane;
-    const float shift = normalise ? mean[channel] : 0.0f, inverse = normalise ? 1.0f / std[channel] : 1.0f;
-    const int64_t place = channels_last ? (e - channel * plane) * channels + channel : e;
-    convert(value(at.pixels[e], number, shift, inverse), at.target + place);
+  static constexpr int wide = 4;  // lanes of a tile that a thread of a card takes
+
+  // The elements from e on that there are of `wide`, anywhere.
+  PACD_INLINE void put_neighbours(const Row& at, int64_t e, const float (&numbers)[wide]) const {
+    const float* pixels = at.pixels + e;
+    Out* target = at.target + e;
+    if (!normalise && !scattered() && e + wide <= elements && holds_fours(pixels, sizeof(float)) &&
+        holds_fours(target, sizeof(Out))) {
+      const auto four = *reinterpret_cast<const Four<float>*>(pixels);
+      Four<Out> noisy;
+      for (int j = 0; j < wide; ++j) convert(fma(sigma, numbers[j], four.at[j]), noisy.at + j);
+      *reinterpret_cast<Four<Out>*>(target) = noisy;
+      return;
+    }
+    const int64_t plane = normalise || scattered() ? quotient(elements, channels) : elements;
+    int64_t channel = quotient(e, plane), pixel = e - channel * plane;
+    for (int j = 0; j < wide && e + j < elements; ++j, ++pixel) {
+      if (pixel == plane) ++channel, pixel = 0;
+      const float shift = normalise ? mean[channel] : 0.0f, inverse = normalise ? 1.0f / std[channel] : 1.0f;
+      Out* place = scattered() ? at.target + pixel * channels + channel : target + j;
+      convert(value(pixels[j], numbers[j], shift, inverse), place);
+    }
   }
 
   // The elements [begin, end) of some tiles from their numbers, in runs of one channel: loops that become SIMD.

@@ -1,4 +1,5 @@
-// The votes of noisy copies: a row kernel, `void operator()(int64_t row) const`.
+// The votes of noisy copies: a counting kernel.  Its `int64_t* counter(int64_t row) const` says which number a row adds 1
+// to; null for none.
 #pragma once
 
 #include "math/half.h"
@@ -21,9 +22,9 @@ struct AddVotes {
   int64_t* nan_rows;
   int64_t images, classes;
 
-  PACD_INLINE void operator()(int64_t row) const {
+  PACD_INLINE int64_t* counter(int64_t row) const {
     const int64_t image = image_index[row];
-    if (image < 0 || image >= images) return;  // refused by the caller where it can be; never written through
+    if (image < 0 || image >= images) return nullptr;  // refused by the caller where it can be; never written through
     const In* values = logits + row * classes;
     auto best = widened(values[0]);
     int64_t vote = 0;
@@ -37,7 +38,7 @@ struct AddVotes {
       }
     }
     nan = nan || best - best != 0;  // infinite: what overflowed may be less than it seems, or more
-    add_atomically(nan ? nan_rows + image : counts + image * classes + vote, 1);
+    return nan ? nan_rows + image : counts + image * classes + vote;
   }
 };
 

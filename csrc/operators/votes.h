@@ -22,9 +22,9 @@ Tensor add_votes_(Tensor counts, Tensor logits, Tensor image_index) {
   const Tensor values = torch::stable::contiguous(logits), index = torch::stable::contiguous(image_index);
   const auto run = [&](auto type) {
     using In = decltype(type);
-    Exec::run_rows(AddVotes<In>{pointer<const In>(values), pointer<const int64_t>(index), pointer<int64_t>(counts),
-                                pointer<int64_t>(nan_rows), counts.size(0), counts.size(1)},
-                   logits.size(0), 8192 / logits.size(1) + 1, counts);
+    Exec::run_counts(AddVotes<In>{pointer<const In>(values), pointer<const int64_t>(index), pointer<int64_t>(counts),
+                                  pointer<int64_t>(nan_rows), counts.size(0), counts.size(1)},
+                     logits.size(0), 8192 / logits.size(1) + 1, counts);
   };
   if (logits.scalar_type() == ScalarType::Double) {
     run(double{});

@@ -4,12 +4,12 @@
 function, `sampler` draws its votes; `vote` turns them into certificates, `prediction` into classes; `smooth` is the
 drop-in class, `soft` certifies mean probabilities, `monte_carlo` any yes/no function.  `dataset` certifies images of a
 data set into a file; `rows` is what a file says, `results` the file, `merging` several as one, `verification` checks
-one, `summary` is what it comes to; `selftest` tests noise and bounds on the user's machine.  Imports `arguments`,
-`files`, `randomness`, `tables`, `ops`, `data`, `networks`.
+one, `summary` is what it comes to; `timing` how fast it is; `selftest` tests noise and bounds on the user's machine.
+Imports `arguments`, `files`, `randomness`, `tables`, `ops`, `data`, `networks`.
 """
 
 from pacd_fast.certification.classifier import BaseClassifier, Engine, Model
-from pacd_fast.certification.dataset import Certify, Selection, certify_dataset, predict_dataset
+from pacd_fast.certification.dataset import Certify, Selection, certify_dataset, predict_dataset, sigma_of
 from pacd_fast.certification.merging import exactly, merge, pooled
 from pacd_fast.certification.monte_carlo import (
     SmoothingCertificate,
@@ -26,6 +26,7 @@ from pacd_fast.certification.rows import ABSTAIN, Results, Row, Run, rounded
 from pacd_fast.certification.smooth import Smooth
 from pacd_fast.certification.soft import SoftCertificates, bernstein_lower, soft_certify
 from pacd_fast.certification.summary import Summary, summarize, summary_table
+from pacd_fast.certification.timing import certification_times
 from pacd_fast.certification.verification import redraw, verify
 from pacd_fast.certification.vote import Certificate, Certificates, certify, certify_each
 
@@ -50,6 +51,7 @@ __all__ = [
     "SoftCertificates",
     "Summary",
     "bernstein_lower",
+    "certification_times",
     "certify",
     "certify_dataset",
     "certify_each",
@@ -67,6 +69,7 @@ __all__ = [
     "read_results",
     "redraw",
     "rounded",
+    "sigma_of",
     "smallest_n",
     "soft_certify",
     "summarize",

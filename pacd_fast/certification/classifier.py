@@ -121,7 +121,7 @@ class BaseClassifier:
             raise ValueError(f"the model must return logits [{len(batch)}, {self.num_classes}], not {found}")
         if logits.is_complex():
             raise ValueError(f"the model must return real logits, not {logits.dtype}")
-        return logits if logits.dtype in ops.FLOATS else _ranked(logits)
+        return logits if logits.is_floating_point() else logits.double()
 
     def empty(self, rows: int | None = None) -> Tensor:
         """A batch to be filled: zeros [rows, ...] of the right dtype, device and layout."""
@@ -239,10 +239,3 @@ def _difference(expected: Tensor, found: Tensor) -> str | None:
     most = float((expected.float() - found.float()).abs().max())
     allowed = (0.15 if expected.dtype != torch.float32 else 0.002) * max(spread, 1e-3)
     return None if most <= allowed else f"its logits differ by {most:.3g} from the eager ones"
-
-
-def _ranked(logits: Tensor) -> Tensor:
-    """Logits of another dtype as float32 with the same largest ones: 1 for these, 0 for others; NaN where it was."""
-    lost = logits.isnan() | logits.isinf() if logits.is_floating_point() else torch.zeros_like(logits, dtype=torch.bool)
-    largest = logits == logits.max(1, keepdim=True).values
-    return largest.float().masked_fill(lost.any(1, keepdim=True), torch.nan)

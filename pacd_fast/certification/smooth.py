@@ -12,7 +12,7 @@ from pacd_fast.certification.noise import Noise, Numbers
 from pacd_fast.certification.prediction import predictor
 from pacd_fast.certification.question import Question, check_level
 from pacd_fast.certification.rows import ABSTAIN
-from pacd_fast.certification.vote import certificates, pixels, sampler_of
+from pacd_fast.certification.vote import Certificate, certificates, pixels, sampler_of
 
 
 class Smooth:
@@ -56,12 +56,17 @@ class Smooth:
         n0 samples select the class, n estimate its probability.  Raises ValueError as `pacd_fast.certify` does.
         """
         question = Question.of(self.sigma, n0, n, alpha, None, None, sides, 1e-6)
-        classifier = self._classifier(x, batch_size)
-        sampler = sampler_of(
-            classifier, x.unsqueeze(0), self.num_classes, self.noise, self.seed, n, image_ids=self._next_id()
-        )
-        (found,) = certificates(sampler, question, False)
+        found = self.draw(x, question, batch_size)
         return found.prediction, found.radius
+
+    def draw(self, x: Tensor, question: Question, batch_size: int | None = None) -> Certificate:
+        """The certificate of one image x [...]: votes, bounds and all."""
+        sampler = sampler_of(
+            self.prepared(x, batch_size), x.unsqueeze(0), self.num_classes, self.noise, self.seed, question.n,
+            image_ids=self._next_id(),
+        )  # fmt: skip
+        (found,) = certificates(sampler, question, False)
+        return found
 
     def predict(self, x: Tensor, n: int, alpha: float, batch_size: int | None = None, *, n0: int = 100) -> int:
         """The class of one image x [...] or ABSTAIN; wrong with probability <= alpha.  At most n0 + n samples.
@@ -69,7 +74,7 @@ class Smooth:
         See `pacd_fast.predict`; raises ValueError as it does.
         """
         check_level(n, alpha, 2e-200)
-        classifier = self._classifier(x, batch_size)
+        classifier = self.prepared(x, batch_size)
         sampler, rule = predictor(
             classifier, x.unsqueeze(0), self.num_classes, self.noise, self.seed, n0, n, alpha, 1e-6,
             image_ids=self._next_id(),
@@ -81,7 +86,7 @@ class Smooth:
         self._calls += 1
         return torch.tensor([self._calls - 1])
 
-    def _classifier(self, x: Tensor, batch_size: int | None) -> BaseClassifier:
+    def prepared(self, x: Tensor, batch_size: int | None = None) -> BaseClassifier:
         """The base classifier for such images: the one of the last call where nothing has changed since."""
         model, images = self.base_classifier, pixels(x.unsqueeze(0))
         state = list(model.state_dict().values()) if isinstance(model, nn.Module) else []

@@ -16,12 +16,12 @@ import torch
 
 import pacd_fast
 from pacd_fast.arguments import number, one_line, whole_number
-from pacd_fast.cli import audit, certify, evaluate, info, labelflip, poison, report, reproduce, summary, train
+from pacd_fast.cli import audit, bench, certify, evaluate, info, labelflip, poison, report, reproduce, summary, train
 from pacd_fast.cli.flags import Help
 
 __all__ = ["main", "parser"]
 
-_COMMANDS = (train, certify, evaluate, poison, audit, summary, report, labelflip, reproduce, info)
+_COMMANDS = (train, certify, evaluate, poison, audit, summary, report, labelflip, reproduce, bench, info)
 
 _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("train", "poison"), "; run the same command again with --resume to go on"),

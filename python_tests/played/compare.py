@@ -38,8 +38,10 @@ def noise_calls() -> Iterator[Call]:
             yield "noisy_copies", (x, None, 0.5, 9, 7, 3, 2, dtype, last, mean, std)
             yield "lattice_copies", (x, ids, 0.5, step, offset, 9, 7, 3, 2, dtype, last)
             yield "lattice_copies", (x, None, 0.5, step[2:], offset[2:], 9, 7, 3, 2, dtype, last)
-        for size in (1, 15, 16, 17, 63, 64, 65, 4096):
+        for size in (1, 15, 16, 17, 63, 64, 65, 68, 4096):
             out = guarded(torch.full((6, size), torch.nan, dtype=dtype), -1.0)
+            off = torch.full((6 * size + 1,), torch.nan, dtype=dtype)[1:].view(6, size)  # no place for four at once
+            yield "noisy_copies_", (off, torch.rand(2, size), None, 0.5, 7, 0, 1, None, None)
             yield "noisy_copies_", (out, torch.rand(2, size), None, 0.5, 7, 0, 1, None, None)
             yield "lattice_copies_", (out, torch.rand(2, size), None, 0.5, step[:1], offset[:1], 7, 0, 1)
 

@@ -4,8 +4,8 @@
 // Blocks run one after the other.  The threads of a block run one after the other too, until one waits for others (a
 // barrier, a shuffle): that one is left where it is, on a stack of its own, and the next begins.  Their order changes
 // from block to block, so that a result which hangs on it differs from the CPU's.  What a card would leave undefined is
-// an error here: threads at different barriers, a shuffle with a thread that has left or is not in the mask, a grid that
-// no card takes.  What cannot be seen: races between threads that do not wait, ptxas, streams, time.
+// an error here: threads at different barriers, a shuffle with a thread that has left or is not in the mask, a grid
+// that no card takes.  What cannot be seen: races between threads that do not wait, ptxas, streams, time.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,6 +31,9 @@
 #define __shared__ static
 #define __syncthreads() (::played::wait_for_block(__LINE__))
 #define __shfl_down_sync(mask, value, delta, width) (::played::shuffle_down(__LINE__, mask, value, delta, width))
+#define __match_any_sync(mask, value) (::played::match_any(__LINE__, mask, value))
+#define __popc(bits) __builtin_popcount(bits)
+#define __ffs(bits) __builtin_ffs(bits)
 #define threadIdx (::played::now->thread)
 #define blockIdx (::played::now->block)
 #define blockDim (::played::now->threads)
@@ -80,7 +83,8 @@ inline void wait_for_block(int line) {
   for (;;) {
     bool all = true;
     for (const Thread& other : block_threads) {
-      if (other.barriers == mine && other.barrier != line) throw std::runtime_error("threads wait at different barriers");
+      if (other.barriers == mine && other.barrier != line)
+        throw std::runtime_error("threads wait at different barriers");
       all = all && (other.done || other.barriers >= mine);
     }
     if (all) return;
@@ -103,7 +107,8 @@ inline std::array<uint64_t, warp_size> exchange(int line, unsigned mask, uint64_
       if (!(mask >> other & 1)) continue;
       const Thread& thread = block_threads.at(first + other);
       if (thread.done && thread.exchanges < mine) throw std::runtime_error("an exchange with a thread that has left");
-      if (thread.exchanges == mine && thread.exchange != line) throw std::runtime_error("threads at different exchanges");
+      if (thread.exchanges == mine && thread.exchange != line)
+        throw std::runtime_error("threads at different exchanges");
       complete = complete && thread.exchanges >= mine;
       all[other] = thread.offered[mine % 2];
     }
@@ -122,6 +127,15 @@ T shuffle_down(int line, unsigned mask, T value, unsigned delta, int width) {
   if (!(mask >> from & 1)) throw std::runtime_error("a shuffle from a thread that is not in the mask");
   std::memcpy(&value, &all[from], sizeof(T));
   return value;
+}
+
+// The threads of the mask that offer the same number.
+inline unsigned match_any(int line, unsigned mask, unsigned long long value) {
+  const auto all = exchange(line, mask, value);
+  unsigned same = 0;
+  for (unsigned other = 0; other < warp_size; ++other)
+    if ((mask >> other & 1) && all[other] == value) same |= 1u << other;
+  return same;
 }
 
 // Plays a grid of blocks.
@@ -201,6 +215,12 @@ class Grid {
 
 }  // namespace played
 
+inline unsigned long long atomicAdd(unsigned long long* number, unsigned long long amount) {
+  const unsigned long long before = *number;
+  *number += amount;
+  return before;
+}
+
 namespace pacd {
 
 // A small card, so that a grid-stride loop takes many strides over few items.
@@ -209,7 +229,8 @@ constexpr int64_t multiprocessors = 1;
 template <class Kernel, class... Rest>
 void launch(void (*play)(Kernel, Rest...), int64_t blocks, int threads, const torch::stable::Tensor&,
             const Kernel& kernel, std::type_identity_t<Rest>... rest) {
-  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024) throw std::runtime_error("no card takes this grid");
+  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024)
+    throw std::runtime_error("no card takes this grid");
   static_assert(sizeof(Kernel) + (sizeof(Rest) + ... + 0) <= 4000, "parameters of a kernel");
   played::Grid(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), [&] { play(kernel, rest...); });
 }

@@ -1,4 +1,4 @@
-// The operators of csrc/ops_cuda.cu played on the CPU, as torch.ops.pacd_played; PACD_PLAYED: the file, or a changed copy.
+// The operators of csrc/ops_cuda.cu played on the CPU, as torch.ops.pacd_played; PACD_PLAYED: that file, or a copy.
 #include "cuda.h"
 
 #include PACD_PLAYED
