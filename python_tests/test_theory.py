@@ -72,7 +72,7 @@ def test_the_papers_toy_numbers():
     assert clean - poisoned == pytest.approx(0.1 / math.sqrt(2)) and abs(poisoned - 0.3546) < 2e-3
 
 
-@pytest.mark.parametrize("sigma", [0.25, 0.5])
+@pytest.mark.parametrize("sigma", [pytest.param(0.25, marks=pytest.mark.slow), 0.5])
 def test_the_attack_finds_the_analytic_answer(sigma):
     toy = theory.isotropic_attack(sigma, points=2000, steps=30, n=2000, certified=300)
     expected = theory.gaussian_poison(0.2, 0.8, 0.1)

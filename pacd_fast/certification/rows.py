@@ -339,6 +339,8 @@ def _wrong(rows: Results) -> Iterator[tuple[NDArray[np.bool_], Callable[[int], s
         yield (voids < 0) | (voids > drawn), lambda i: f"voids {voids[i]} is not in 0..{drawn[i]}"
     if run.target == "full":
         yield p > count / drawn + 1e-9, lambda i: f"p_lower {p[i]} is above {count[i]} votes of {drawn[i]}"
+    with np.errstate(over="ignore"):
+        sigma = float(np.float32(run.sigma))  # what the noise really has
     z = ndtri(np.minimum(p + 1e-9, 1.0))  # the text is up to 1e-9 below the bound
     if run.sides == 2 and r.rival_upper is not None:
         q = r.rival_upper
@@ -346,7 +348,7 @@ def _wrong(rows: Results) -> Iterator[tuple[NDArray[np.bool_], Callable[[int], s
         with np.errstate(invalid="ignore"):
             z = 0.5 * (z - ndtri(np.maximum(np.minimum(q, 1 - p) - 1e-9, 0.0)))
     yield (
-        r.radius * (1 - 1e-9) - 1e-9 > float(run.sigma) * np.maximum(z, 0),
+        r.radius * (1 - 1e-9) - 1e-9 > sigma * np.maximum(z, 0),
         lambda i: f"radius {r.radius[i]} is more than p_lower {p[i]} is worth",
     )
 
