@@ -219,7 +219,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def modes(images: int, sigma: float = 0.5) -> None:
-    """Whole certifications of test digits of mnist5k by a network of ours, bfloat16 and compiled, mode after mode (compiling counts)."""
+    """Whole certifications of test digits of mnist5k by a network of ours: bfloat16, compiled (which counts)."""
     data = load_dataset("mnist5k")
     checkpoint = Path(__file__).parent.parent / "build" / f"modes-{sigma}.safetensors"
     if not checkpoint.exists():
