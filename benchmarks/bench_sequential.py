@@ -224,7 +224,7 @@ def modes(images: int, sigma: float = 0.5) -> None:
     checkpoint = Path(__file__).parent.parent / "build" / f"modes-{sigma}.safetensors"
     if not checkpoint.exists():
         checkpoint.parent.mkdir(exist_ok=True)
-        train(checkpoint, data, Training(model="mnist-cnn", sigma=sigma, epochs=20), progress=True)
+        train(checkpoint, data, Training(model="mnist-cnn", hyperparameters={"sigma": sigma}, epochs=20), progress=True)
     model = load_checkpoint(checkpoint).model
     x, y = data.x_test[:images], data.y_test[:images]
     rows: list[dict[str, Any]] = []

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pacd_fast"
 # From the ground up.  A module imports from floors below its own, from its own folder, and from `_C`.
 FLOORS = (
-    ("arguments", "randomness", "tables", "memory"),
+    ("arguments", "randomness", "tables", "memory", "ranks"),
     ("files",),
     ("ops",),
     ("data", "networks"),

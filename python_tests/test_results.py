@@ -13,6 +13,7 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from pacd_fast._C import FullCertificates
 from scipy.special import ndtri
 
 from pacd_fast.certification import (
@@ -25,7 +26,7 @@ from pacd_fast.certification import (
     summarize,
     summary_table,
 )
-from pacd_fast.certification.rows import columns, dense, sparse
+from pacd_fast.certification.rows import check_row, columns, dense, sparse
 
 OLD = Run(100, 100_000, 0.001, 0.5, 2**64 - 1, "float32", "mnist-cnn@0123456789ab", "mnist5k-test@c0b26e9ecbbb")
 RUN = dataclasses.replace(
@@ -339,3 +340,12 @@ def test_malformed_files(tmp_path, edit, message):
         read_results(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_honest_rows_pass_for_a_sigma_that_float32_rounds_up():
+    """The radius is of the noise that is drawn: float32(0.1) is 1.5e-8 of it above 0.1."""
+    rule = FullCertificates(100, 2000, 0.001, float(np.float32(0.1)))
+    run = Run(100, 2000, 0.001, 0.1, 0, "float32", "m", "d", rows=1, machine="cpu")
+    for count in range(1100, 2001):
+        outcome = rule.issue(np.array([100, 0]), np.array([count, 2000 - count]), 0)
+        check_row(Row(0, 0, outcome.prediction, outcome.radius, outcome.p_lower, count, 1.0, samples=2000), run)

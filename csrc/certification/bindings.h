@@ -162,9 +162,12 @@ inline void bind_sequential(py::module_& m) {
       .def(py::init<int64_t, int64_t, double, double>(), py::arg("n0"), py::arg("n"), py::arg("alpha"), py::arg("futility") = 1e-6);
 
   py::class_<SequentialPlanner>(m, "SequentialPlanner", "Which samples to draw next when images stop at different times.")
-      .def(py::init([](std::shared_ptr<Rule> rule, std::vector<int64_t> ids, int64_t classes) {
-             return std::make_unique<SequentialPlanner>(std::move(rule), std::move(ids), classes);
-           }), py::arg("rule"), py::arg("ids"), py::arg("classes"))
+      .def(py::init([](std::shared_ptr<Rule> rule, std::vector<int64_t> ids, int64_t classes, const py::object& source) {
+             std::function<int64_t()> next;
+             if (!source.is_none()) next = [source] { return source().cast<int64_t>(); };
+             return std::make_unique<SequentialPlanner>(std::move(rule), std::move(ids), classes, std::move(next));
+           }), py::arg("rule"), py::arg("ids"), py::arg("classes"), py::arg("source") = py::none(),
+           "source: called for each new image, the place of its id, or -1 where none is left; by default all in order.")
       .def("plan", [](SequentialPlanner& planner, int64_t rows) {
              const SequentialPlanner::Batch batch = planner.plan(rows);
              py::array_t<int64_t> pieces({static_cast<py::ssize_t>(batch.pieces.size()), py::ssize_t{5}});

@@ -14,9 +14,12 @@
 // Which interval next: (1) the oldest image whose votes so far are all reported; (2) a new image; (3) once there are no
 // new ones, intervals ahead of the reports, the image with the fewest samples on their way first.  So samples are drawn in
 // vain only at the end of a run, where a batch would not be full otherwise.
+//
+// New images come in order, or from a source that is asked for each when it is needed: several processes then share them.
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -39,12 +42,25 @@ class SequentialPlanner {
     std::vector<int64_t> complete;
   };
 
-  // ids: what errors call the images; images are counted from 0.
-  SequentialPlanner(std::shared_ptr<const Rule> rule, std::vector<int64_t> ids, int64_t classes)
-      : rule_(std::move(rule)), ids_(std::move(ids)), images_(static_cast<int64_t>(ids_.size())), classes_(classes) {
+  // ids: what errors call the images; images are counted from 0.  source: the next image to start, each at most once, or
+  // a negative number where none is left; without it, all of them in order.
+  SequentialPlanner(std::shared_ptr<const Rule> rule, std::vector<int64_t> ids, int64_t classes,
+                    std::function<int64_t()> source = nullptr)
+      : rule_(std::move(rule)), ids_(std::move(ids)), classes_(classes), source_(std::move(source)) {
+    if (!source_) {
+      const int64_t images = static_cast<int64_t>(ids_.size());
+      exhausted_ = images == 0;
+      source_ = [this, images, next = int64_t{0}]() mutable {
+        exhausted_ = next + 1 == images;
+        return next++;
+      };
+    }
     if (!rule_) throw std::invalid_argument("a rule is needed");
     if (classes < 2) throw std::invalid_argument("there must be at least 2 classes");
   }
+
+  SequentialPlanner(const SequentialPlanner&) = delete;  // the source points here
+  SequentialPlanner& operator=(const SequentialPlanner&) = delete;
 
   // At most `rows` samples; fewer only where all that can still be of use is on its way.  Every plan is to be reported, in
   // order, also one without pieces; without pieces, nothing new will come before a report().
@@ -101,7 +117,7 @@ class SequentialPlanner {
       if (sum != intervals[i].count) {
         if (failure_.empty()) failure_ = no_vote(intervals[i], sum);
         active_.erase(at);
-        images_ = started_;
+        exhausted_ = true;
       } else {
         take(at->second, row, none);
       }
@@ -112,7 +128,7 @@ class SequentialPlanner {
   // Images decided since the last call and their outcomes, in the order of their decision.
   std::vector<std::pair<int64_t, Outcome>> finished() { return std::exchange(finished_, {}); }
 
-  bool done() const { return started_ == images_ && active_.empty(); }
+  bool done() const { return exhausted_ && active_.empty(); }
   int64_t classes() const { return classes_; }
   int64_t in_flight() const { return static_cast<int64_t>(active_.size()); }
   int64_t unreported() const { return static_cast<int64_t>(waiting_.size()); }
@@ -145,10 +161,15 @@ class SequentialPlanner {
       // The first look needs the selection and its own samples: neither waits for the other.
       if (image.planned < intervals() && (image.planned == image.reported || image.planned == 1)) return &image;
     }
-    if (started_ < images_) {
-      Active& image = active_[started_];
-      image.image = started_++;
-      return &image;
+    if (!exhausted_) {
+      const int64_t next = source_();
+      if (next >= static_cast<int64_t>(ids_.size()) || active_.count(next)) throw std::invalid_argument("the source gave no new image");
+      if (next >= 0) {
+        Active& image = active_[next];
+        image.image = next;
+        return &image;
+      }
+      exhausted_ = true;
     }
     Active* best = nullptr;
     int64_t fewest = 0;
@@ -195,10 +216,11 @@ class SequentialPlanner {
 
   const std::shared_ptr<const Rule> rule_;
   const std::vector<int64_t> ids_;
-  int64_t images_;  // how many will be started
   const int64_t classes_;
+  std::function<int64_t()> source_;
+  bool exhausted_ = false;  // no image will be started any more
   std::string failure_;
-  int64_t started_ = 0, drawn_ = 0;
+  int64_t drawn_ = 0;
   std::map<int64_t, Active> active_;
   std::optional<Interval> partial_;
   std::deque<std::vector<Interval>> waiting_;

@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import secrets
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from pacd_fast.certification.classifier import USUAL
 from pacd_fast.certification.noise import KINDS, Noise
 from pacd_fast.certification.prediction import predictor
 from pacd_fast.certification.question import Question
-from pacd_fast.certification.results import PathLike, ResultsFile, parse, peek
+from pacd_fast.certification.rank_files import rank_file, unfinished
+from pacd_fast.certification.results import PathLike
 from pacd_fast.certification.rows import ABSTAIN, Row, Run, check_same_run, sparse, value_text
+from pacd_fast.certification.sharing import SHARES, Share
 from pacd_fast.certification.vote import certificates, sampler_of
 from pacd_fast.data import Dataset, random_subset
 from pacd_fast.networks import Checkpoint
+from pacd_fast.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ def certify_dataset(
     settings: Certify | None = None,
     *,
     shards: int = 1,
+    ranks: Ranks | None = None,
+    share: str = "images",
     device: torch.device | str = "cpu",
     progress: bool = False,
     **more: Any,
@@ -147,6 +153,9 @@ def certify_dataset(
         settings, more: how, and what is different from that.
         shards: of how many runs this is one: then nothing that is measured decides how the model is run, so that their
             files can be merged.
+        ranks: the processes that do it together, each of which calls this; rank 0 writes `out` in the end, and until
+            then the others' rows are in files beside it.
+        share: "images" are handed out to the ranks as they ask, or they share the "samples" of every image.
 
     Raises ValueError and OSError, each one line that says what to do, AnotherRun for a file of other settings.
     """
@@ -154,12 +163,15 @@ def certify_dataset(
     out = writable(out)
     images, labels = data.split(split)
     sigma = sigma_of(asked.sigma, checkpoint)
-    existing = peek(out)
+    ranks = Ranks() if ranks is None else ranks
+    if share not in SHARES:
+        raise ValueError(f"share must be {' or '.join(SHARES)}, not {share!r}")
+    existing, done, entropy = unfinished(out, ranks)
     law = asked.law(sigma, existing)
     question = Question.of(
         law.sigma, asked.n0, asked.n, asked.alpha, asked.radii, asked.tolerance, asked.sides, asked.futility
     )
-    seed = asked.seed if asked.seed is not None else existing.seed if existing else secrets.randbits(63)
+    seed = asked.seed if asked.seed is not None else existing.seed if existing else entropy
     if existing is not None and existing.version == 1:
         question = dataclasses.replace(question, futility=0.0)
     run = Run(
@@ -169,32 +181,43 @@ def certify_dataset(
     )  # fmt: skip
     rows = asked.batch_size
     compiled: Any = _COMPILE.get(asked.compile, asked.compile)
-    if shards > 1:
+    if shards > 1 or ranks.size > 1:
+        rows = rows if rows is not None else existing.rows or None if existing else None
         rows = rows if rows is not None else USUAL[torch.device(device).type]
-        compiled = False if compiled == "auto" else compiled
+        compiled = False if compiled == "auto" and not (existing and existing.compiled) else compiled
     if existing is not None:
         here = dataclasses.replace(existing, **{name: getattr(run, name) for name in ("rows", "compiled", "machine")})
         check_same_run(str(out), here, run, "choose another --out or delete it")
         rows = rows if rows is not None else existing.rows or None
         compiled = bool(existing.compiled) if compiled == "auto" else compiled
-    done = set() if existing is None else set(parse(Path(out), ours=True)[0].idx.tolist())
     todo = torch.tensor([i for i in chosen if i not in done], dtype=torch.int64)
-    if len(todo) < len(chosen) and progress:
+    say = progress and ranks.rank == 0
+    if len(todo) < len(chosen) and say:
         print(f"{out}: {len(chosen) - len(todo)} of {len(chosen)} images are there, {len(todo)} to go", file=sys.stderr)
     sampler = sampler_of(
         checkpoint.model.to(device), images[todo], checkpoint.num_classes, law, seed, question.n0 + question.likely,
         dtype=getattr(torch, asked.dtype), rows=rows, compile=compiled, check=asked.check, image_ids=todo,
     )  # fmt: skip
-    if progress:
-        for note in sampler.classifier.notes:
-            print(note, file=sys.stderr)
+    for note in sampler.classifier.notes if say else ():
+        print(note, file=sys.stderr)
+    engine = dataclasses.asdict(sampler.classifier.engine)
     if existing is None or existing.version == 2:
-        run = dataclasses.replace(run, **dataclasses.asdict(sampler.classifier.engine))
-    with ResultsFile(out, run) as file, contextlib.closing(certificates(sampler, question, progress)) as found:
-        for certificate in found:
-            idx = int(todo[certificate.index])
-            file.append(Row.of(certificate, idx, int(labels[idx])))
-        file.sort()
+        run = dataclasses.replace(run, **engine)
+    ranks.agree(
+        {
+            "pacd_fast": version("pacd_fast"),
+            **dataclasses.asdict(run),
+            **engine,
+            "images": zlib.crc32(str(list(chosen)).encode()),
+        }
+    )
+    with rank_file(out, run, ranks, writes=share == "images") as file:
+        work = SHARES[share](ranks, len(todo)) if ranks.size > 1 else Share()
+        with contextlib.closing(certificates(sampler, question, progress, work)) as found:
+            for certificate in found:
+                idx = int(todo[certificate.index])
+                if file is not None:
+                    file.append(Row.of(certificate, idx, int(labels[idx])))
 
 
 def predict_dataset(

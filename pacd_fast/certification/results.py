@@ -64,6 +64,21 @@ class ResultsFile:
         self._write(row.text(self.run) + "\n")
         self.done.add(int(row.idx))
 
+    def take(self, path: Path) -> None:
+        """Writes the rows of another file of this run that are not in this one, byte for byte, on to the disk.
+
+        Raises ValueError for another run.
+        """
+        there, whole = parse(path, ours=True)
+        if there.run is None:
+            return
+        check_same_run(str(path), there.run, self.run, f"{self.path} is of another; delete one")
+        lines = path.read_bytes()[:whole].decode().split("\n")[1:]
+        new = {i: line for i, line in zip(there.idx.tolist(), lines, strict=False) if i not in self.done}
+        self._write("".join(f"{line}\n" for line in new.values()))
+        os.fsync(self._file)
+        self.done.update(new)
+
     def sort(self) -> None:
         """Puts the rows in the order of idx; what a run writes does not depend on the order of its decisions."""
         self._file.seek(0)

@@ -339,16 +339,17 @@ def _wrong(rows: Results) -> Iterator[tuple[NDArray[np.bool_], Callable[[int], s
         yield (voids < 0) | (voids > drawn), lambda i: f"voids {voids[i]} is not in 0..{drawn[i]}"
     if run.target == "full":
         yield p > count / drawn + 1e-9, lambda i: f"p_lower {p[i]} is above {count[i]} votes of {drawn[i]}"
-    with np.errstate(over="ignore"):
-        sigma = float(np.float32(run.sigma))  # what the noise really has
     z = ndtri(np.minimum(p + 1e-9, 1.0))  # the text is up to 1e-9 below the bound
     if run.sides == 2 and r.rival_upper is not None:
         q = r.rival_upper
         yield ~((q >= 0) & (q <= 1)), lambda i: f"rival_upper {q[i]} is not in [0, 1]"
         with np.errstate(invalid="ignore"):
             z = 0.5 * (z - ndtri(np.maximum(np.minimum(q, 1 - p) - 1e-9, 0.0)))
+    with np.errstate(over="ignore"):
+        sigma = max(float(run.sigma), float(np.float32(run.sigma)))  # the noise has the second; the first was asked for
+        most = sigma * np.maximum(z, 0.0)
     yield (
-        r.radius * (1 - 1e-9) - 1e-9 > sigma * np.maximum(z, 0),
+        r.radius * (1 - 1e-9) - 1e-9 > most,
         lambda i: f"radius {r.radius[i]} is more than p_lower {p[i]} is worth",
     )
 

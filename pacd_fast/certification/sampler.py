@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from pacd_fast import ops
 from pacd_fast._C import Outcome, Rule, SequentialPlanner
 from pacd_fast.certification.classifier import BaseClassifier
 from pacd_fast.certification.noise import Copies
+from pacd_fast.certification.sharing import Share
 
 Pieces: TypeAlias = Iterable[tuple[int, int, int, int, int]]
 """Samples [first, first + count) of an image on a stream, counted in a slot: (image, stream, first, count, slot)."""
@@ -51,33 +49,38 @@ class Sampler:
         lost_in = where[void] if device.type == "cpu" else where.masked_fill(~void, -1)
         return self.classifier(self._batch), where.masked_fill_(void, -1), lost_in
 
-    def decide(self, rule: Rule, progress: bool = False) -> Iterator[tuple[int, Outcome, float]]:
+    def decide(
+        self, rule: Rule, progress: bool = False, share: Share | None = None
+    ) -> Iterator[tuple[int, Outcome, float]]:
         """(image, outcome, seconds) of every image as it is decided; seconds since the one before, shared.
 
+        share: of the work; by default all of it.
         Raises ValueError for a model that returns NaN, naming the image.
         """
-        planner = SequentialPlanner(rule, self.copies.ids.tolist(), self.classifier.num_classes)
-        votes = _Votes(self.rows, self.classifier)
+        share = Share() if share is None else share
+        planner = SequentialPlanner(rule, self.copies.ids.tolist(), self.classifier.num_classes, share.source)
+        rows = self.rows * share.parts
+        votes = _Votes(rows, self.classifier)
         waiting: deque[_Report] = deque()
-        done, ahead, since = 0, AHEAD if self.classifier.device.type == "cuda" else 0, time.perf_counter()
+        ahead, since = AHEAD if self.classifier.device.type == "cuda" else 0, time.perf_counter()
         images, each = len(self.copies.images), rule.n0 + rule.n
-        with sampler_bar(images * each, progress) as bar:
+        with share.bar(images * each, images, progress) as advance:
             while not planner.done:
-                pieces, complete = planner.plan(self.rows)
-                if len(pieces):
-                    logits, where, lost = self.logits(pieces.tolist())
+                pieces, complete = planner.plan(rows)
+                mine = share.mine(pieces, self.rows)
+                if len(mine):
+                    logits, where, lost = self.logits(mine.tolist())
                     votes.add(logits, where, lost)
-                    bar.update(int(pieces[:, 3].sum()))
+                if len(pieces):
+                    advance(int(pieces[:, 3].sum()), 0, 0)
                 waiting.append(votes.report(complete))
                 while waiting and (len(waiting) > ahead or not len(pieces)):
-                    planner.report(*waiting.popleft().values())
+                    planner.report(*share.total(*waiting.popleft().values()))
                     if not len(pieces):
                         break
                 finished, now = planner.finished(), time.perf_counter()
                 for image, outcome in finished:
-                    done += 1
-                    bar.total -= rule.n - outcome.samples
-                    bar.set_postfix_str(f"{done}/{images} images", refresh=False)
+                    advance(0, rule.n - outcome.samples, 1)
                     yield image, outcome, (now - since) / len(finished)
                 if finished:
                     since = now
@@ -128,13 +131,3 @@ class _Report:
             self._event.synchronize()
         votes, voids = (each.numpy() for each in self._tensors)
         return votes, voids
-
-
-@contextmanager
-def sampler_bar(samples: int, progress: bool) -> Iterator[Any]:
-    """A progress bar of so many samples, with rate and time left, or none."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-    with tqdm(
-        total=samples, unit="sample", unit_scale=True, disable=not progress, smoothing=0.1, mininterval=interval
-    ) as bar:
-        yield bar

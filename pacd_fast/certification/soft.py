@@ -19,7 +19,8 @@ from pacd_fast.arguments import positive, whole
 from pacd_fast.certification.classifier import Compile, Model
 from pacd_fast.certification.noise import Noise, Numbers
 from pacd_fast.certification.rows import ABSTAIN
-from pacd_fast.certification.sampler import Sampler, sampler_bar
+from pacd_fast.certification.sampler import Sampler
+from pacd_fast.certification.sharing import sampler_bar
 from pacd_fast.certification.vote import sampler_of
 
 UNIT = 2**20  # probabilities are rounded down to multiples of 1 / UNIT: their sums and sums of squares are exact

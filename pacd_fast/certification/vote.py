@@ -17,6 +17,7 @@ from pacd_fast.certification.classifier import BaseClassifier, Compile, Model
 from pacd_fast.certification.noise import Copies, Noise, Numbers
 from pacd_fast.certification.question import Question
 from pacd_fast.certification.sampler import Sampler
+from pacd_fast.certification.sharing import Share
 from pacd_fast.data import as_float, as_images, labelled
 
 
@@ -212,9 +213,11 @@ def certify_each(
     yield from certificates(sampler, question, progress)
 
 
-def certificates(sampler: Sampler, question: Question, progress: bool) -> Generator[Certificate, None, None]:
-    """The answers for a sampler's images, as they are decided."""
-    for index, outcome, seconds in sampler.decide(question.rule(sampler.copies.noise.sigma), progress):
+def certificates(
+    sampler: Sampler, question: Question, progress: bool, share: Share | None = None
+) -> Generator[Certificate, None, None]:
+    """The answers for a sampler's images, or a share of them, as they are decided."""
+    for index, outcome, seconds in sampler.decide(question.rule(sampler.copies.noise.sigma), progress, share):
         yield Certificate.of(index, outcome, seconds)
 
 

@@ -18,6 +18,7 @@ import pacd_fast
 from pacd_fast.arguments import number, one_line, whole_number
 from pacd_fast.cli import audit, bench, certify, evaluate, info, labelflip, poison, report, reproduce, summary, train
 from pacd_fast.cli.flags import Help
+from pacd_fast.ranks import Ranks
 
 __all__ = ["main", "parser"]
 
@@ -27,6 +28,8 @@ _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("train", "poison"), "; run the same command again with --resume to go on"),
     **dict.fromkeys(("certify", "audit", "reproduce"), "; run the same command again to go on"),
 }
+
+_TOGETHER = ("certify",)  # what several processes do together
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # a user's package.module:function lies where the command is run
     options = parser().parse_args(arguments)
     try:
+        if Ranks.of_torchrun().size > 1 and options.command not in _TOGETHER:
+            raise ValueError(f"this command is for one process; torchrun is for {', '.join(_TOGETHER)}")
         status = options.run(options) or 0
         sys.stdout.flush()
         return status
@@ -94,16 +99,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError, ImportError) as error:
-        print(f"pacd-fast {options.command}: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return _failed(options.command, _one_line(error))
     except torch.OutOfMemoryError as error:
         smaller = {"train": "--microbatch", "certify": "--batch-size", "poison": "--clean-batch"}.get(options.command)
         hint = f"; a smaller {smaller} helps" if smaller else ""
-        print(f"pacd-fast {options.command}: {_one_line(error)}{hint}", file=sys.stderr)
-        return 2
+        return _failed(options.command, f"{_one_line(error)}{hint}")
     except KeyboardInterrupt:
-        print(f"\npacd-fast {options.command}: stopped{_AGAIN.get(options.command, '')}", file=sys.stderr)
+        if Ranks.of_torchrun().rank == 0:
+            print(f"\npacd-fast {options.command}: stopped{_AGAIN.get(options.command, '')}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if Ranks.of_torchrun().size == 1:
+            raise
+        return _failed(options.command, f"{type(error).__name__}: {_one_line(error)}")
+
+
+def _failed(command: str, text: str) -> int:
+    """Says what is wrong; of several processes the first one that fails does."""
+    ranks = Ranks.of_torchrun()
+    if ranks.fails_first():
+        who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+        after_bar = "\n" if ranks.rank else ""  # rank 0's
+        print(f"{after_bar}pacd-fast {command}: {who}{text}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _one_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from pacd_fast.certification import (
 from pacd_fast.cli.flags import add_data, add_device, add_fields, device_of, given, load_data
 from pacd_fast.data import Dataset, random_subset
 from pacd_fast.networks import BUILT_IN, Checkpoint, load_checkpoint
+from pacd_fast.ranks import Ranks
 
 
 def add_checkpoint(sub: argparse.ArgumentParser, **more: Any) -> None:
@@ -65,6 +66,8 @@ def add_commands(add: Any) -> None:
     sub = add("certify", run, "certify the images of a split; run again, it resumes")
     _add_images(sub)
     sub.add_argument("--shard", default="0/1", help="i/m: every m-th image, from the i-th; see merge")
+    text = "under torchrun: images are handed out to its processes, or for few images and large n each one's samples"
+    sub.add_argument("--share", choices=["images", "samples"], default="images", help=text)
     add_fields(sub, Certify)
     sub.add_argument("--out", required=True, help="results file (.tsv)")
     sub = add("predict", run_predict, "what the smoothed classifier says, with as few samples as that takes")
@@ -130,6 +133,8 @@ def run(options: argparse.Namespace) -> None:
         options.out,
         Certify(**given(Certify, options)),
         shards=shard[1],
+        ranks=Ranks.of_torchrun(),
+        share=options.share,
         device=device,
         progress=True,
     )

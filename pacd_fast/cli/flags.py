@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from pacd_fast import ops
 from pacd_fast.arguments import number, whole_number
 from pacd_fast.data import NAMES, Dataset, load_dataset
+from pacd_fast.ranks import Ranks
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -103,7 +105,9 @@ def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> Non
 def device_of(name: str) -> torch.device:
     """cpu, cuda, cuda:i, or auto: CUDA where a device and our operators are there.  Raises ValueError."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu")
+        name = "cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu"
+    if name == "cuda" and torch.cuda.is_available() and Ranks.of_torchrun().size > 1:
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # a card for each, as far as they go
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,0 +1,170 @@
+"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+__all__ = ["Ranks"]
+
+_ASK = datetime.timedelta(seconds=5)  # how often one that waits for others looks whether one of them has failed
+
+
+class Ranks:
+    """The processes of a run; one that is alone asks nobody.
+
+    All of them make the same calls in the same order, but for `take` and `add`.  Nothing but the store is needed, which
+    outlives a killed process under torchrun; `summed` alone makes a gloo group.
+
+    Args:
+        store: a torch.distributed.Store of theirs, or None for one process.
+        rank, size: which of how many this is.
+    """
+
+    def __init__(self, store: Any = None, rank: int = 0, size: int = 1):
+        self.rank, self.size, self._store, self._names, self._group = rank, size, store, 0, None
+
+    @classmethod
+    @functools.cache
+    def of_torchrun(cls) -> Ranks:
+        """Those that torchrun started, or this process alone."""
+        if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        store, rank, size = next(iter(dist.rendezvous("env://")))
+        store = dist.PrefixStore("pacd_fast", store)
+        return cls(dist.PrefixStore(_attempt(store, rank, size), store), rank, size)
+
+    @classmethod
+    def of_group(cls, group: Any) -> Ranks:
+        """Those of a process group that is initialised already; called by all of them."""
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if rank < 0:
+            raise ValueError("this process is not in the group")
+        name = [secrets.token_hex(8)]
+        dist.broadcast_object_list(name, dist.get_global_rank(group, 0) if group is not None else 0, group)
+        store = dist.distributed_c10d._get_default_store()
+        found = cls(dist.PrefixStore(f"pacd_fast/{name[0]}", store), rank, size)
+        found._group = dist.group.WORLD if group is None else group
+        return found
+
+    def name(self) -> str:
+        """A name that was not used before, the same for all."""
+        self._names += 1
+        return str(self._names)
+
+    def take(self, name: str) -> int:
+        """0, 1, 2, ...: each number to one of them, under a name."""
+        return self.add(name, 1) - 1
+
+    def add(self, name: str, amount: int) -> int:
+        """The sum of what all have added under a name so far."""
+        return int(self._store.add(f"sum/{name}", amount))
+
+    def handed(self, count: int) -> Iterator[int]:
+        """Which of 0, ..., count - 1 this one is to do, as it asks for them."""
+        if self.size == 1:
+            yield from range(count)
+            return
+        name = self.name()
+        while (taken := self.take(name)) < count:
+            yield taken
+
+    def everyones(self, value: Any) -> list[Any]:
+        """What each said here, in the order of the ranks; values of JSON.  Waits for all."""
+        if self.size == 1:
+            return [value]
+        name = self.name()
+        self._store.set(f"{name}/{self.rank}", json.dumps(value))
+        return self._answers(name)
+
+    def agree(self, about: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming rank and difference, where they do not all say the same; values of JSON."""
+        first, *others = self.everyones(dict(about))
+        for rank, other in enumerate(others, start=1):
+            for key, value in first.items():
+                if other.get(key) != value:
+                    raise ValueError(
+                        f"{key} is {other.get(key)} at rank {rank} and {value} at rank 0: all need the same"
+                    )
+
+    def to_first(self, value: Any) -> list[Any]:
+        """What `everyones` returns to rank 0; the others get nothing, and wait for nobody."""
+        if self.size == 1:
+            return [value]
+        name = self.name()
+        self._store.set(f"{name}/{self.rank}", json.dumps(value))
+        return self._answers(name) if self.rank == 0 else []
+
+    def _answers(self, name: str) -> list[Any]:
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        _wait(self._store, keys)
+        return [json.loads(text) for text in self._store.multi_get(keys)]
+
+    def fails_first(self) -> bool:
+        """Whether this is the first to fail: the others' words would hide its own."""
+        try:
+            return self.size == 1 or self.add("failed", 1) == 1
+        except RuntimeError:  # the store has gone
+            return True
+
+    def summed(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The sum of everyone's arrays of one shape."""
+        if self.size == 1:
+            return array
+        if self._group is None:
+            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size)
+            self._group = dist.group.WORLD
+        return self.summed_tensor(torch.from_numpy(np.ascontiguousarray(array))).numpy()
+
+    def summed_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same, in the group that is initialised; a tensor on the CPU, by way of the card where nccl is."""
+        device = torch.device("cuda" if dist.get_backend(self._group) == "nccl" else "cpu")
+        sent = tensor.to(device, copy=True)
+        dist.all_reduce(sent, group=self._group)
+        return sent.cpu()
+
+
+def _attempt(store: Any, rank: int, size: int) -> str:
+    """A name that only these processes have: torchrun keeps its store when it restarts them, and its count is a node's.
+
+    Rank 0 thinks of one.  The others may read that of an attempt before; but there nobody answers them.
+    """
+    mine = secrets.token_hex(8)
+    if rank == 0:
+        store.set("attempt", mine)
+        for other in range(1, size):
+            _wait(store, [key := f"{mine}/hello/{other}"])
+            store.set(f"{mine}/welcome/{store.get(key).decode()}", "")
+        return mine
+    while True:
+        _wait(store, ["attempt"])
+        attempt: str = store.get("attempt").decode()
+        store.set(f"{attempt}/hello/{rank}", mine)
+        for _ in range(100):
+            if store.check([f"{attempt}/welcome/{mine}"]):
+                return attempt
+            if store.get("attempt").decode() != attempt:
+                break
+            time.sleep(0.01)
+
+
+def _wait(store: Any, keys: list[str]) -> None:
+    """For others, however long they take: where one has died torchrun ends all."""
+    while True:
+        try:
+            store.wait(keys, _ASK)
+            return
+        except dist.DistStoreError:  # not yet
+            if store.check(["sum/failed"]):
+                raise SystemExit(2) from None  # another has said why
