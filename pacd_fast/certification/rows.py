@@ -346,7 +346,8 @@ def _wrong(rows: Results) -> Iterator[tuple[NDArray[np.bool_], Callable[[int], s
         with np.errstate(invalid="ignore"):
             z = 0.5 * (z - ndtri(np.maximum(np.minimum(q, 1 - p) - 1e-9, 0.0)))
     yield (
-        r.radius * (1 - 1e-9) - 1e-9 > float(run.sigma) * np.maximum(z, 0),
+        # The noise, and the radius with it, has the float32 number nearest to sigma: up to 2^-24 of it larger.
+        r.radius * (1 - 2.0**-23) - 1e-9 > float(run.sigma) * np.maximum(z, 0),
         lambda i: f"radius {r.radius[i]} is more than p_lower {p[i]} is worth",
     )
 
