@@ -7,8 +7,9 @@ comparisons, operators, constants, conditions and calls changed one at a time, a
 Mutation tools import the package anew for every mutant, which is ten seconds of torch, and know nothing of compiled
 sources.  Here torch is loaded once, and a process is forked for every mutant.  C++ is built again, in the copy.
 
-What has been found is kept in build/mutants/found.json, by the content of mutant, file and tests: a run that was stopped
-goes on, and one after a change repeats what the change concerns.  Selections of tests run once without a defect first.
+What has been found is kept in build/mutants/found.json, by the content of mutant, file and tests: a run that was
+stopped goes on, and one after a change repeats what the change concerns.  Every selection of tests runs once without a
+defect first.
 """
 
 from __future__ import annotations
@@ -264,8 +265,9 @@ def outcome(mutant: Mutant, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(mutants: list[Mutant], found: dict[str, Any]) -> str:
-    """By folder and kind: mutants, caught, equivalent, missed, and the share caught of those that are not equivalent."""
-    lines = ["| code | list | mutants | caught | equivalent | missed | caught of the rest |", "|---|---|--:|--:|--:|--:|--:|"]
+    """By folder and kind: mutants, caught, equivalent, missed, and the share caught of all that are not equivalent."""
+    lines = ["| code | list | mutants | caught | equivalent | missed | caught of the rest |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|")
     groups: dict[tuple[str, str], list[Mutant]] = {}
     for each in mutants:
         groups.setdefault((each.kind, each.folder), []).append(each)
@@ -298,8 +300,8 @@ def main() -> int:
     state = WORK / "found.json"
     found = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
     if not options.list:
-        wanted = [each for each in mutants if each.key() not in found]
-        search(sorted(wanted, key=lambda each: each.compiled), found, state, options.seconds)
+        wanted = [(key, each) for each in mutants if (key := each.key()) not in found]
+        search(sorted(wanted, key=lambda pair: pair[1].compiled), found, state, options.seconds)
     if options.list:
         for each in mutants:
             result = found.get(each.key())
@@ -315,7 +317,7 @@ def main() -> int:
     return 0
 
 
-def search(wanted: list[Mutant], found: dict[str, Any], state: Path, seconds: float) -> None:
+def search(wanted: list[tuple[str, Mutant]], found: dict[str, Any], state: Path, seconds: float) -> None:
     """Runs them one by one, and keeps every outcome as it is found."""
     if not wanted:
         return
@@ -325,13 +327,13 @@ def search(wanted: list[Mutant], found: dict[str, Any], state: Path, seconds: fl
     copy_tree()
     for name in LOADED:
         importlib.import_module(name)
-    if any(each.compiled for each in wanted):
+    if any(each.compiled for _, each in wanted):
         build()  # so that what has no defect is built in the same way
-    for number, each in enumerate(wanted, 1):
+    for number, (key, each) in enumerate(wanted, 1):
         if time.monotonic() - started > seconds:
             return
         result = outcome(each, found)
-        found[each.key()] = result
+        found[key] = result
         state.write_text(json.dumps(found, indent=1), encoding="utf-8")
         said = result["by"] or ("equivalent" if each.equivalent else "MISSED")
         print(f"{number}/{len(wanted)} {result['seconds']:5.1f} s  {each.name}: {said}", flush=True)

@@ -1,4 +1,4 @@
-"""The figures of models: accuracy under noise by the documented noise, attacks image by image, tables class by class."""
+"""The figures of models: accuracy under the documented noise, attacks image by image, tables class by class."""
 
 from __future__ import annotations
 

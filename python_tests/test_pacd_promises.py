@@ -44,9 +44,9 @@ class Watched(Gaussian):
         return super().__call__(model, x, y, seed=seed)
 
 
-def craft(recipe: Recipe = RECIPE, ball: Ball = Ball(0.1), **options):
+def craft(recipe: Recipe = RECIPE, epsilon: float = 0.1, **options):
     loss = Watched(0.3)
-    poison = pacd(small(), Pacd(loss, 1, ball, model=f"{__name__}:tiny", recipe=recipe, **options))
+    poison = pacd(small(), Pacd(loss, 1, Ball(epsilon), model=f"{__name__}:tiny", recipe=recipe, **options))
     return poison, loss.seen
 
 
@@ -122,9 +122,8 @@ def test_poison_lowers_the_upper_loss_and_its_mirror_image_raises_it(sign):
         values.append(sign * float(value.detach()))
         return value
 
-    craft(recipe, Ball(0.5), upper=watched)
+    craft(recipe, 0.5, upper=watched)
     down = sum(values[-3:])
     values.clear()
-    monkey = dataclasses.replace(recipe, outer_lr=1e-9)
-    craft(monkey, Ball(0.5), upper=watched)
+    craft(dataclasses.replace(recipe, outer_lr=1e-9), 0.5, upper=watched)
     assert sign * (down - sum(values[-3:])) < -0.05

@@ -21,9 +21,7 @@ def logits_of(x: Tensor) -> Tensor:
 
 def units_of(x: Tensor, sigma: float, count: int, seed: int, image: int, stream: int) -> np.ndarray:
     """What the documentation says is certified, int64 [count, 2], by the logistic function in double."""
-    noisy, _ = ops.lattice_copies(
-        x, sigma, count, seed, step=1 / 255, image_ids=torch.tensor([image]), stream=stream
-    )
+    noisy, _ = ops.lattice_copies(x, sigma, count, seed, step=1 / 255, image_ids=torch.tensor([image]), stream=stream)
     logits = logits_of(noisy).double().numpy()
     gap = logits[:, 0] - logits[:, 1]
     p = np.stack([1 / (1 + np.exp(-gap)), 1 / (1 + np.exp(gap))], 1)
