@@ -16,6 +16,9 @@ MODES = {
 }
 
 
+CERTIFY = ["certify", "--data", "mnist5k", "--count", "6", "--n", "1000", "--seed", "3", "--device", "cpu"]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verified")
@@ -23,8 +26,7 @@ def files(tmp_path_factory):
     train = ["train", "--model", "convnet", "--data", "mnist5k", "--train-images", "300", "--epochs", "1"]
     assert main([*train, "--sigma", "0.5", "--method", "gaussian", "--out", str(model)]) == 0
     for name, flags in MODES.items():
-        certify = ["certify", "--checkpoint", str(model), "--data", "mnist5k", "--count", "6", "--n", "1000"]
-        assert main([*certify, "--seed", "3", "--device", "cpu", *flags, "--out", str(folder / f"{name}.tsv")]) == 0
+        assert main([*CERTIFY, "--checkpoint", str(model), *flags, "--out", str(folder / f"{name}.tsv")]) == 0
     return folder, model
 
 
@@ -32,6 +34,19 @@ def files(tmp_path_factory):
 def test_honest_files_pass(files, mode):
     folder, _ = files
     assert verify(folder / f"{mode}.tsv") == (6, [])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_was_cut_is_resumed(files, tmp_path, mode):
+    """A kill leaves whole rows in the order of their decision and a torn one; the end is the file without a kill."""
+    folder, model = files
+    whole = (folder / f"{mode}.tsv").read_text().splitlines(keepends=True)
+    out = tmp_path / "r.tsv"
+    out.write_text("".join([whole[0], whole[4], whole[2], whole[1][:50]]))
+    assert main([*CERTIFY, "--checkpoint", str(model), *MODES[mode], "--out", str(out)]) == 0
+    assert [line.rsplit("\t", 1)[0] for line in out.read_text().splitlines()] == [
+        line.rsplit("\t", 1)[0] for line in whole
+    ]
 
 
 def test_votes_are_drawn_again(files, capsys):

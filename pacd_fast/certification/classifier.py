@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pacd_fast import ops
+from pacd_fast._C import keep_freed_memory
 from pacd_fast.networks import fold_batch_norm
 from pacd_fast.randomness import Stream
 
@@ -95,6 +96,8 @@ class BaseClassifier:
         self.dtype = dtype or (torch.float32 if own == torch.float64 else own)
         if self.dtype not in ops.FLOATS:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype}")
+        if self.device.type == "cpu":
+            keep_freed_memory()  # fresh pages for every batch cost up to as much as the network
         self.num_classes, self.shape, self.notes = num_classes, tuple(images.shape[1:]), list[str]()
         last = images.dim() == 4 and (self.dtype != torch.float32 or self.device.type == "cpu")
         self.memory_format = torch.channels_last if last else torch.contiguous_format

@@ -136,7 +136,8 @@ def certify(
             certificate is for the model in that dtype, as torch computes it (on CUDA, TF32 where torch.backends allows
             it).
         batch_size: rows of every forward pass, the last ones padded; by default the fastest of a few, tried on
-            throw-away noise where that pays.  On the CPU eager certificates do not depend on it from 64 rows on: below,
+            throw-away noise where that pays.  (On the CPU the process keeps what memory it has freed, for the next
+            batch.)  On the CPU eager certificates do not depend on it from 64 rows on: below,
             libraries choose other code, and a vote near a tie may change, as on CUDA it may with every size.
         compile: True to run the model through torch.compile, "auto" where the samples to draw pay for it, False, or
             "max-autotune".  A compiled model's votes near a tie may differ.
