@@ -287,7 +287,9 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="parts of names or files; by default all")
     parser.add_argument("--hand", action="store_true", help="leave the generated ones out")
     parser.add_argument("--seconds", type=float, default=7200, help="start no mutant after so long; run again to go on")
-    parser.add_argument("--list", action="store_true", help="every mutant and what saw it, of what has been found")
+    parser.add_argument(
+        "--list", action="store_true", help="every mutant and what saw it, of what has been found, without a run"
+    )
     options = parser.parse_args()
     mutants, modules = by_hand()
     for file, each in {} if options.hand else modules.items():
@@ -303,10 +305,14 @@ def main() -> int:
         wanted = [(key, each) for each in mutants if (key := each.key()) not in found]
         search(sorted(wanted, key=lambda pair: pair[1].compiled), found, state, options.seconds)
     if options.list:
+        print("| defect | where | seen by |\n|---|---|---|")
         for each in mutants:
             result = found.get(each.key())
-            said = "not run" if result is None else result["by"] or (each.equivalent and "equivalent") or "MISSED"
-            print(f"{each.name}: {said}")
+            said = "not run" if result is None else f"`{result['by']}`" if result["seen"] else "**missed**"
+            if result is not None and not result["seen"] and each.equivalent:
+                said = f"equivalent: {each.equivalent}"
+            print(f"| {each.name.replace('|', 'or')} | `{each.file}` | {said.replace('|', 'or')} |")
+        print()
     print(table(mutants, found))
     missed = [m for m in mutants if (r := found.get(m.key())) is not None and not r["seen"] and not m.equivalent]
     for each in missed:
