@@ -119,8 +119,12 @@ def generated(file: str, tests: str, most: int, equivalent: dict[str, str]) -> l
 
     def change(start: int, end: int, new: str, line: int) -> None:
         old = raw[start:end].decode()
-        name = f"{Path(file).stem}:{line} {' '.join(old.split())[:30]} -> {' '.join(new.split())[:30]}"
-        found.append(Mutant(name, file, old, new, tests, at=len(raw[:start].decode()), kind="generated"))
+        where = text.splitlines()[line - 1].strip()[:70]  # not the line's number, which other changes move
+        name = f"{Path(file).stem}: {' '.join(old.split())[:40]} -> {' '.join(new.split())[:20]} in {where}"
+        mutant = Mutant(name, file, old, new, tests, at=len(raw[:start].decode()), kind="generated")
+        with contextlib.suppress(SyntaxError):  # a bracket between two operands
+            ast.parse(mutant.text())
+            found.append(mutant)
 
     def between(left: Any, right: Any, operator: Any) -> None:
         start, end = place(left)[1], place(right)[0]

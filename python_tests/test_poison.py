@@ -43,7 +43,7 @@ def test_rounded_images_are_in_the_ball_and_near(ball, dtype):
 
 @pytest.mark.parametrize("short", [1e-7, 1e-6, 1e-5])
 def test_whole_levels_just_outside_an_l2_ball_are_brought_into_it(short):
-    """The projection ends a hair below whole levels; counted as whole, as they must be within, they would be outside."""
+    """The projection ends a hair below whole levels; counted as whole, as they are inside, they would be outside."""
     base = torch.full((2, 1, 1, 3), 100, dtype=torch.uint8)
     delta = torch.tensor([[3.0, -4.0, 0.0], [2.0, 3.0, -6.0]]).view(2, 1, 1, 3)
     for image, length in enumerate((5.0, 7.0)):
