@@ -213,13 +213,12 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {},
     "radii 0.5, 1, 1.5": {"radii": [0.5, 1.0, 1.5]},
     "tolerance 0.05": {"tolerance": 0.05},
-    "two sides": {"sides": 2},
     "two sides, radii 0.5, 1, 1.5": {"sides": 2, "radii": [0.5, 1.0, 1.5]},
 }
 
 
 def modes(images: int, sigma: float = 0.5) -> None:
-    """Whole certifications of test digits of mnist5k by a network of ours: bfloat16, compiled (which counts)."""
+    """Whole certifications of test digits of mnist5k by a network of ours, in bfloat16."""
     data = load_dataset("mnist5k")
     checkpoint = Path(__file__).parent.parent / "build" / f"modes-{sigma}.safetensors"
     if not checkpoint.exists():
@@ -233,7 +232,7 @@ def modes(images: int, sigma: float = 0.5) -> None:
         start = time.perf_counter()
         found = certify(
             model, x, num_classes=10, sigma=sigma, seed=1, dtype=torch.bfloat16, batch_size=256, progress=True,
-            compile=True, **options,
+            compile=False, **options,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         right, samples = found.prediction == y, float(found.samples.double().mean())

@@ -43,6 +43,19 @@ def test_theorem_1_against_brute_force(share):
             assert cost_of(anywhere, NEGATIVE) >= found[0].cost - 1e-12
 
 
+def test_theorem_1_names_the_best_optimum_first():
+    """Test points on the right of both thresholds: there the classes that change sides are the better poison."""
+    better = set()
+    for test in (np.array([-5.0]), np.array([-0.5]), np.array([5.0])):
+        found = theory.theorem1(NEGATIVE, POSITIVE, 1.5 * DISTANCE, test)
+        assert [each.cost for each in found] == sorted(each.cost for each in found)
+        assert [each.cost for each in found] == [
+            pytest.approx(cost_of(NEGATIVE + each.shift, test), rel=1e-9) for each in found
+        ]
+        better.add(found[0].shift > 0)
+    assert better == {True, False}
+
+
 def test_the_fitted_threshold_is_least_squares():
     t, w = theory.squared_loss_threshold(NEGATIVE, POSITIVE)
     x, y = np.concatenate([NEGATIVE, POSITIVE]), np.repeat([-1.0, 1.0], 40)
