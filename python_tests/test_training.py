@@ -118,6 +118,7 @@ def write_data(folder: Path, images: int = 400, name: str = "tiny") -> str:
     return str(path)
 
 
+@pytest.mark.slow  # test_cli kills and resumes Gaussian augmentation
 def test_resume_after_a_kill_gives_the_same_victim(tmp_path, capsys):
     """SmoothAdv, whose radius grows from epoch to epoch; killed in the middle, resumed, compared bit by bit."""
     out, whole, metrics = (str(tmp_path / name) for name in ("m.safetensors", "w.safetensors", "m.jsonl"))
