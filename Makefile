@@ -32,11 +32,13 @@ demo: $(BIN)/.installed
 	$(BIN)/pacd-fast plot $(DEMO)/results.tsv --title "MNIST CNN, sigma 0.5, n = 100 000" --out $(DEMO)/curve.png
 	$(BIN)/pacd-fast report $(DEMO)/results.tsv --data mnist5k --out $(DEMO)/report.html
 
+# One process a core, of one thread each: most tests are too small for two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(BIN)/.installed
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # Two hours at most, on one core; MUTANTS=soft.py: those whose name or file says so.
 mutants: $(BIN)/.installed
