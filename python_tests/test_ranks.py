@@ -1,144 +1,36 @@
-"""Runs of several processes: what one process writes, whoever is killed, refused where the processes differ."""
+"""Certification by several processes: what one writes, whoever is killed; refused where the processes differ."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
+from torchrun_agent import CERTIFY, GLOO, Agent, prepared, rows, together
 
-from pacd_fast.certification import ResultsFile, certify, rank_files
+from pacd_fast.certification import ResultsFile, rank_files, sampler
 from pacd_fast.certification.sharing import SharedSamples
-from pacd_fast.cli import main, train
-from pacd_fast.data import load_dataset
-from pacd_fast.networks import build, load_checkpoint, save_checkpoint
-from pacd_fast.randomness import seeded
+from pacd_fast.cli import main
 from pacd_fast.ranks import Ranks
 
-GLOO = dist.is_available() and dist.is_gloo_available()
 pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
-
-CERTIFY = ["certify", "--sigma", "0.5", "--n", "300", "--count", "16", "--seed", "7", "--device", "cpu"]
-CERTIFY += ["--checkpoint", "model.safetensors", "--data", "digits.npz"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model.safetensors, other.safetensors, digits.npz, which is read faster than mnist5k, and certified.tsv."""
-    path = tmp_path_factory.mktemp("ranks")
-    data = load_dataset("mnist5k")
-    parts = {name: getattr(data, name).numpy() for name in ("x_train", "y_train", "x_test", "y_test")}
-    np.savez(path / "digits.npz", **{name: value[:200] for name, value in parts.items()})
-    metadata = {"architecture": "mnist-cnn", "num_classes": "10", "in_channels": "1", "image_size": "28x28"}
-    for seed, name in enumerate(("model", "other")):
-        with seeded(torch.device("cpu"), seed):
-            network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
-        save_checkpoint(path / f"{name}.safetensors", network, metadata)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        assert main([*CERTIFY, "--out", "certified.tsv"]) == 0
-    return path
+    return prepared(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(autouse=True)
 def there(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-
-def rows(path: Path) -> list[list[str]]:
-    """A results file without its last column, the time."""
-    return [line.split("\t")[:-1] for line in path.read_text().splitlines()]
-
-
-class Agent:
-    """What torchrun is to its processes, with forks: they need not import torch again.  torchrun's own: see below."""
-
-    def __init__(self, folder: Path, size: int):
-        self.store = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=60), False)
-        self.folder, self.size, self.attempt = folder, size, -1
-        self.running: dict[int, int] = {}  # rank: process id
-
-    def start(self, function: Callable[[int], int]) -> None:
-        self.attempt += 1
-        for rank in range(self.size):
-            child = os.fork()
-            if child:
-                self.running[rank] = child
-                continue
-            code = 70
-            try:
-                log = os.open(self.folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                os.environ |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size),
-                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port),
-                    "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
-                }  # fmt: skip
-                torch.set_num_threads(1)
-                Ranks.of_torchrun.cache_clear()
-                code = function(rank)
-                sys.stdout.flush()
-                sys.stderr.flush()
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-
-    def kill(self, signal_number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
-        for rank in list(self.running) if ranks is None else ranks:
-            os.kill(self.running[rank], signal_number)
-        for rank in list(self.running) if ranks is None else ranks:
-            os.waitpid(self.running.pop(rank), 0)
-
-    def ended(self, limit: float = 60.0) -> list[int]:
-        """The codes of those that ended; the others are stopped as soon as one has failed, as torchrun does it."""
-        codes, until = [], time.monotonic() + limit
-        while self.running:
-            if time.monotonic() > until:
-                self.kill()
-                pytest.fail("they do not end: " + self.said())
-            for rank, child in list(self.running.items()):
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    del self.running[rank]
-                    codes.append(os.waitstatus_to_exitcode(status))
-            if any(codes):
-                time.sleep(0.1)
-                self.kill(signal.SIGTERM)
-            time.sleep(0.01)
-        return codes
-
-    def said(self) -> str:
-        return "".join((self.folder / f"log{rank}").read_text() for rank in range(self.size))
-
-
-def together(folder: Path, size: int, arguments: Sequence[object], *more: Sequence[object]) -> tuple[list[int], str]:
-    """Exit codes and output of a command by so many ranks; more: flags that rank 1, 2, ... have besides."""
-    folder.mkdir(exist_ok=True)
-    agent = Agent(folder, size)
-    words = [
-        [*map(str, arguments), *(map(str, more[rank - 1]) if 0 < rank <= len(more) else ())] for rank in range(size)
-    ]
-    agent.start(lambda rank: main(words[rank]))
-    return agent.ended(), agent.said()
 
 
 @pytest.mark.parametrize("share", ["images", "samples"])
@@ -156,6 +48,21 @@ def test_several_ranks_write_what_one_does(share, question, folder, tmp_path):
     bars = re.split(r"[\r\n]+", said.strip())
     assert "16/16 images" in bars[-1] and all("sample" in line for line in bars)
     assert (tmp_path / "logs/log1").read_text() == (tmp_path / "logs/log2").read_text() == ""  # one bar: rank 0's
+
+
+@pytest.mark.parametrize("share", ["images", "samples"])
+def test_batches_that_run_ahead_of_their_votes(share, folder, tmp_path):
+    """As on a card, whose votes the host sees two batches later."""
+    out = tmp_path / "results.tsv"
+
+    def function(rank: int) -> int:
+        sampler.AHEAD["cpu"] = 2
+        return main([*CERTIFY, "--share", share, "--out", str(out)])
+
+    agent = Agent(tmp_path, 2)
+    agent.start(function)
+    assert agent.ended() == [0, 0], agent.said()
+    assert rows(out) == rows(folder / "certified.tsv")
 
 
 def test_killed_ranks_and_runs_are_taken_up_by_others(folder, tmp_path):
@@ -314,113 +221,6 @@ def test_torchrun_restarts_a_killed_rank(folder, tmp_path):
     assert re.search(r"[1-9]\d* of 16 images are there", done.stderr)
     assert rows(out) == rows(folder / "certified.tsv")
     assert not rank_files.parts(out)
-
-
-def test_certify_in_a_group(folder, tmp_path):
-    """All get what one finds, whatever they ask; without a seed too; what differs is refused."""
-    with np.load(folder / "digits.npz") as data:
-        images = torch.from_numpy(data["x_test"][:7])
-    network = load_checkpoint(folder / "model.safetensors").model
-    sigmas = torch.tensor([0.25, 0.5, 0.25, 0.25, 0.5, 0.5, 0.25])
-    asked = {
-        "full": {"sigma": 0.5, "n": 300},
-        "radii": {"sigma": sigmas, "n": 400, "radii": [0.0, 0.1, 0.2], "image_ids": torch.arange(7) * 5},
-    }
-
-    def function(rank: int) -> int:
-        dist.init_process_group("gloo")
-        group, batch = dist.group.WORLD, images.numpy() if rank else images
-        for name, question in asked.items():
-            found = certify(network, batch, num_classes=10, seed=3, group=group, progress=not rank, **question)
-            torch.save({**vars(found), "noise": str(found.noise)}, tmp_path / f"{name}{rank}.pt")
-        found = certify(network, images[:2], num_classes=10, sigma=0.5, n=100, group=group)
-        torch.save(found.seed, tmp_path / f"seed{rank}.pt")
-        pair = dist.new_group([1, 2])
-        if rank:
-            found = certify(network, images, num_classes=10, seed=3, group=pair, **asked["full"])
-            torch.save(found.counts, tmp_path / f"pair{rank}.pt")
-        try:
-            certify(network, images[: 3 + rank // 2], num_classes=10, sigma=0.5, n=100, seed=3, group=group)
-        except ValueError as error:
-            (tmp_path / f"refused{rank}").write_text(str(error))
-        dist.destroy_process_group()
-        return 0
-
-    agent = Agent(tmp_path, 3)
-    agent.start(function)
-    assert agent.ended() == [0, 0, 0], agent.said()
-    for name, question in asked.items():
-        alone = certify(network, images, num_classes=10, seed=3, batch_size=256, compile=False, **question)
-        for rank in range(3):
-            found = torch.load(tmp_path / f"{name}{rank}.pt")
-            for field, value in vars(alone).items():
-                if isinstance(value, torch.Tensor):
-                    assert torch.equal(found[field], value), (name, rank, field)
-                else:
-                    assert str(found[field]) == str(value)
-            if name == "full":
-                assert rank == 0 or torch.equal(torch.load(tmp_path / f"pair{rank}.pt"), alone.counts)
-    assert len({torch.load(tmp_path / f"seed{rank}.pt") for rank in range(3)}) == 1
-    for rank in range(3):
-        assert re.match(r"image_ids is .* at rank 2 and .* at rank 0", (tmp_path / f"refused{rank}").read_text())
-
-
-def test_victims_are_shared_out_and_a_restart_goes_on(folder, tmp_path):
-    command = ["train", "--data", str(folder / "digits.npz"), "--epochs", "2", "--batch-size", "50", "--lr", "0.001"]
-    command += ["--device", "cpu"]
-    alone, said = tmp_path / "alone.safetensors", io.StringIO()
-    with contextlib.redirect_stdout(said):
-        assert main([*command, "--seeds", "3", "--out", str(alone)]) == 0
-    command += ["--seeds", "3", "--out", str(tmp_path / "victim.safetensors")]
-
-    def function(rank: int) -> int:
-        if rank == 1 and agent.attempt == 0:
-            trained = train.train
-
-            def deadly(out, *arguments, **options):
-                trained(out, *arguments, **options)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-            train.train = deadly
-        return main(command)
-
-    agent = Agent(tmp_path, 2)
-    agent.start(function)
-    assert -signal.SIGKILL in agent.ended()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("victim-*.safetensors")}
-    assert before
-    for rank in range(2):
-        (tmp_path / f"log{rank}").unlink()
-    agent.start(function)
-    assert agent.ended() == [0, 0], agent.said()
-    for seed in range(3):
-        found, expected = (load_checkpoint(tmp_path / f"{name}-{seed}.safetensors") for name in ("victim", "alone"))
-        assert found.fingerprint == expected.fingerprint
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert said.getvalue().replace("alone", "victim") in agent.said()
-    codes, text = together(tmp_path / "again", 2, command)
-    assert 2 in codes and "exists already" in text
-    codes, text = together(tmp_path / "few", 4, command)
-    assert 2 in codes and "4 processes share the victims, and there are 3" in text
-
-
-def test_an_audit_is_shared_out(folder, tmp_path):
-    data = ["--data", str(folder / "digits.npz"), "--device", "cpu"]
-    mark = str(tmp_path / "mark.npz")
-    assert main(["poison", "watermark", *data, "--target-class", "2", "--out", mark]) == 0
-    command = ["audit", *data, "--poison", mark, "--sigma", "0.4", "--seeds", "2", "--epochs", "1", "--count", "3"]
-    command += ["--n", "100", "--others", "2", "--others-n", "50", "--attacked", "0", "--work"]
-    assert main([*command, str(tmp_path / "alone")]) == 0
-    codes, said = together(tmp_path, 2, [*command, tmp_path / "work"])
-    assert codes == [0, 0], said
-    one, two = (json.loads((tmp_path / name / "audit.json").read_text())["measured"] for name in ("alone", "work"))
-    assert {name: each["accuracy"] for name, each in one.items()} == {n: each["accuracy"] for n, each in two.items()}
-    assert all(len(each["acr"]) == len(each["others_acr"]) == 2 for each in two.values())
-    names = [sorted(path.name for path in (tmp_path / name).glob("*[0-9s].[st]*")) for name in ("alone", "work")]
-    assert names[0] == names[1] and len(names[0]) == 4 * 3
-    for path in (tmp_path / "alone").glob("*.safetensors"):
-        assert load_checkpoint(path).fingerprint == load_checkpoint(tmp_path / "work" / path.name).fingerprint
-    assert "others' ACR" not in (tmp_path / "log1").read_text() and "others' ACR" in said
 
 
 DEADLY = """import os, signal, sys
