@@ -1,6 +1,7 @@
 # Each target is one command on a fresh machine: it makes its own environment in .venv and builds the extension there.
 #   make demo    train, certify, summarise, plot          make bench   the speed tables
 #   make test    the whole test suite                     make lint    ruff and mypy
+#   make test-all   with the tests that take minutes      make mutants   do the tests see defects?  Goes on where it was
 #   make gpu     on a machine with a CUDA card: the tests that need one, compute-sanitizer where it is, the speed tables
 #   make wheel   for any torch from 2.11 on, in dist      make wheel-test   its operators beside the newest torch
 # Other versions:  make test VENV=.venv-2.11 TORCH="torch==2.11.0 torchvision==0.26.0"
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 DEMO := demo-out
 SOURCES := $(wildcard csrc/*.* csrc/*/*.h cmake/*) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench gpu lint wheel wheel-test sanitize clean
+.PHONY: demo test test-all mutants bench gpu lint wheel wheel-test sanitize clean
 
 # The Python files are used in place; only a change of the compiled sources or of the dependencies installs again.
 $(BIN)/.installed: $(SOURCES)
@@ -31,8 +32,17 @@ demo: $(BIN)/.installed
 	$(BIN)/pacd-fast plot $(DEMO)/results.tsv --title "MNIST CNN, sigma 0.5, n = 100 000" --out $(DEMO)/curve.png
 	$(BIN)/pacd-fast report $(DEMO)/results.tsv --data mnist5k --out $(DEMO)/report.html
 
+# One process a core, of one thread each: most tests are too small for two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: $(BIN)/.installed
+	$(PYTEST) -m "slow or not slow"
+
+# Two hours at most, on one core; MUTANTS=soft.py: those whose name or file says so.
+mutants: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutants.py $(MUTANTS)
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"

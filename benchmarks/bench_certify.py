@@ -32,7 +32,7 @@ from pacd_fast.ops import reference
 
 N = 100_000
 DRAWN = {"mnist-cnn": 100_000, "resnet20": 10_000, "resnet110": 2000}  # samples of one timing
-ROUNDS = {"mnist-cnn": 5, "resnet20": 3, "resnet110": 1}
+ROUNDS = {"mnist-cnn": 2, "resnet20": 2, "resnet110": 1}
 DEVICE = "cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu"
 NAME = next((name for name in DRAWN if name in sys.argv[1:]), "mnist-cnn")
 

@@ -211,21 +211,19 @@ def planning(p: np.ndarray, radii: list[float], lag: int = 2) -> None:
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
-    "full, no giving up": {"futility": 0.0},
     "radii 0.5, 1, 1.5": {"radii": [0.5, 1.0, 1.5]},
     "tolerance 0.05": {"tolerance": 0.05},
-    "two sides": {"sides": 2},
     "two sides, radii 0.5, 1, 1.5": {"sides": 2, "radii": [0.5, 1.0, 1.5]},
 }
 
 
 def modes(images: int, sigma: float = 0.5) -> None:
-    """Whole certifications of test digits of mnist5k by a network of ours, bfloat16, mode after mode."""
+    """Whole certifications of test digits of mnist5k by a network of ours, in bfloat16."""
     data = load_dataset("mnist5k")
     checkpoint = Path(__file__).parent.parent / "build" / f"modes-{sigma}.safetensors"
     if not checkpoint.exists():
         checkpoint.parent.mkdir(exist_ok=True)
-        train(checkpoint, data, Training(model="mnist-cnn", sigma=sigma, epochs=20), progress=True)
+        train(checkpoint, data, Training(model="mnist-cnn", hyperparameters={"sigma": sigma}, epochs=20), progress=True)
     model = load_checkpoint(checkpoint).model
     x, y = data.x_test[:images], data.y_test[:images]
     rows: list[dict[str, Any]] = []

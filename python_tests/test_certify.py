@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 import pacd_fast
+from pacd_fast import _C, ops
 from pacd_fast.certification.noise import Copies
 from pacd_fast.networks import build
 from pacd_fast.ops import reference
@@ -109,6 +110,34 @@ def test_selection_and_estimation_never_share_samples(network, monkeypatch):
     options = dict(num_classes=10, sigma=0.5, n0=7, n=50, batch_size=64, futility=0)
     pacd_fast.certify(network, torch.rand(3, 1, 28, 28), **options)
     assert sorted(drawn) == [(i, s, k) for i in range(3) for s, n in ((0, 7), (1, 50)) for k in range(n)]
+
+
+@pytest.mark.parametrize("noise", ["lattice", "float"])
+def test_selection_and_estimation_are_votes_on_their_own_streams(network, noise):
+    """Counts are those of the documented noise: selection on stream 0, estimation on stream 1."""
+    x, ids = torch.rand(2, 1, 28, 28), torch.tensor([7, 0])
+    found = pacd_fast.certify(
+        network, x, num_classes=10, sigma=0.5, n0=64, n=128, seed=5, noise=noise, image_ids=ids, futility=0
+    )
+    for stream, count, counts in ((0, 64, found.selection_counts), (1, 128, found.counts)):
+        if noise == "float":
+            noisy = ops.noisy_copies(x, 0.5, count, 5, image_ids=ids, stream=stream)
+        else:
+            noisy, voids = ops.lattice_copies(x, 0.5, count, 5, step=1 / 255, image_ids=ids, stream=stream)
+            assert not bool(voids.any())
+        with torch.no_grad():
+            votes = network(noisy).argmax(1).view(2, count)
+        assert [votes[i].bincount(minlength=10).tolist() for i in range(2)] == counts.tolist()
+    assert not torch.equal(found.selection_counts * 2, found.counts)
+
+
+def test_sigma_is_the_float32_number_that_the_noise_has():
+    """For 0.7 it is smaller than the double, and a radius of the double would be too large."""
+    plane, x = Plane([1.0, 0.0], 0.0), torch.tensor([[2.0, 0.0]])
+    found = pacd_fast.certify(plane, x, num_classes=2, sigma=0.7, n=1000, seed=1)
+    z = float(ops.normal_quantile(found.p_lower)[0])
+    assert float(found.radius[0]) == _C.product_down(float(torch.tensor(0.7)), z) < _C.product_down(0.7, z)
+    assert found.noise.sigma == float(torch.tensor(0.7))
 
 
 def test_smooth_is_a_drop_in(network):

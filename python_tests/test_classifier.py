@@ -87,6 +87,27 @@ def test_rows_are_chosen_once_and_remembered(network, monkeypatch):
     assert BaseClassifier(network, x, 3, samples=10**7, compile=False, rows=77).engine.rows == 77
 
 
+def test_rows_that_do_not_fit_into_memory_are_not_chosen(network, monkeypatch):
+    """Larger batches are tried until one does not fit; what does not fit at its smallest is an error."""
+    from pacd_fast.certification import classifier
+
+    room = [0]
+
+    def seconds(self, rows):
+        if rows > room[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return 1.0  # the larger the batch, the less a row takes
+
+    monkeypatch.setattr(BaseClassifier, "_seconds", seconds)
+    for room[0], chosen in ((300, 256), (128, 128), (10**6, 512)):
+        monkeypatch.setattr(classifier, "_chosen", {})
+        assert BaseClassifier(network, torch.rand(1, 1, 8, 8), 3, samples=10**7, compile=False).engine.rows == chosen
+    monkeypatch.setattr(classifier, "_chosen", {})
+    room[0] = 100
+    with pytest.raises(torch.OutOfMemoryError):
+        BaseClassifier(network, torch.rand(1, 1, 8, 8), 3, samples=10**7, compile=False)
+
+
 def test_auto_compiles_where_it_pays(network, monkeypatch):
     compiled = []
     monkeypatch.setattr(BaseClassifier, "_seconds", lambda self, rows: 0.01)

@@ -142,6 +142,16 @@ def test_what_is_held_out_of_a_set_in_memory_is_what_loading_holds_out(tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(again.split(split), wanted.split(split), strict=True))
 
 
+def test_train_images_are_the_first_ones(tmp_path):
+    path = write(tmp_path / "a.npz", **arrays(train=10))
+    whole, kept = load_dataset(path), load_dataset(path, validation=2, train_images=5)
+    assert torch.equal(kept.x_train, whole.x_train[:5]) and torch.equal(kept.y_train, whole.y_train[:5])
+    assert torch.equal(kept.x_val, whole.x_train[8:]) and not torch.equal(kept.x_train, whole.x_train[3:8])
+    for count in (0, 9):
+        with pytest.raises(ValueError, match=f"cannot keep {count} training images"):
+            load_dataset(path, validation=2, train_images=count)
+
+
 def test_test_images_alone(tmp_path):
     content = arrays()
     alone = {key: content[key] for key in ("x_test", "y_test")}

@@ -12,10 +12,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import test_metapoison
+import test_pacd_promises
+import test_training
 import torch
 
 from pacd_fast import files
 from pacd_fast.arguments import NotANumber, number, one_line, whole_number
+from pacd_fast.poisoning import Ball, Pacd, metapoison, pacd
 
 CPU = torch.device("cpu")
 
@@ -181,6 +185,35 @@ def test_tensors_that_unpack_to_more_than_they_are(tmp_path):
     with pytest.raises(ValueError, match="it is compressed"):
         files.load_tensors(path, "checkpoint")
     assert files.load_tensors(tmp_path / "whole.pt", "checkpoint")["a"].shape == (10**6,)
+
+
+class Touch:
+    """Makes a file when it is unpickled by a loader that calls what it is told to."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["fit", "pacd", "metapoison"])
+def test_a_state_file_runs_no_code(tmp_path, kind):
+    checkpoint, touched = tmp_path / "c.partial", tmp_path / "touched"
+    torch.save({"run": "{}", "epoch": Touch(touched)}, checkpoint)
+    with pytest.raises(ValueError, match="checkpoint"):
+        if kind == "fit":
+            test_training.fit(
+                test_training.small_network(), test_training.small_data(), test_training.Standard(),
+                checkpoint=checkpoint, resume=True,
+            )  # fmt: skip
+        elif kind == "pacd":
+            loss = test_pacd_promises.Watched(0.3)
+            plan = Pacd(loss, 1, Ball(0.1), model="test_pacd_promises:tiny", recipe=test_pacd_promises.RECIPE)
+            pacd(test_pacd_promises.small(), plan, checkpoint=checkpoint, resume=True)
+        else:
+            metapoison(test_metapoison.small(), test_metapoison.attack(), checkpoint=checkpoint, resume=True)
+    assert not touched.exists()
 
 
 def test_expansion():

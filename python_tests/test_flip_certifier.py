@@ -101,6 +101,18 @@ def test_certificates_are_ordered():
         assert found["whitebox"].flips.sum() <= found["ridge"].flips.sum()
 
 
+def test_the_better_of_two_proofs_is_taken_with_many_classes():
+    """39 rivals alike: the sum of the white-box bounds after a flip may be 1/2 where the exact rule still holds."""
+    y = np.repeat(np.arange(40), 10)
+    X = np.eye(40)[y]
+    certifier = LabelFlipCertifier(0.1, l2=1e-6).fit(X, y)
+    test = X.mean(0) + np.linspace(0.1, 0.4, 16)[:, None] * (np.eye(40)[1] - X.mean(0))
+    found = certifier.certify_all(test)
+    linear = _C.linear_flips(certifier.influences(test).numpy(), y, 0.1, 40, True)[1]
+    assert (found["exact"].flips > linear).any()
+    assert np.array_equal(found["whitebox"].flips, np.maximum(found["exact"].flips, linear))
+
+
 def test_predictions_are_those_of_ridge_regression():
     X, y, test, _ = problem(1, classes=3)
     certifier = LabelFlipCertifier(0.1, l2=2.0).fit(X, y)

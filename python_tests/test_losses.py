@@ -97,6 +97,22 @@ def test_macers_second_derivatives_are_finite_where_the_network_is_certain():
         assert bool(torch.isfinite(slope).all()) and bool(torch.isfinite(bent).all())
 
 
+def test_macers_hinge_counts_where_it_is_documented_to():
+    """Wrong, right within gamma sigma / 2, and right beyond it: the hinge is there for the second alone."""
+    sigma, gamma = 0.5, 2.0
+    gaps = torch.tensor([-1.0, 0.2, 1.0, 6.0], dtype=torch.float64)
+    logits = torch.stack([gaps, torch.zeros(4)], 1).repeat_interleave(2, 0)
+    y = torch.zeros(4, dtype=torch.int64)
+    p = torch.sigmoid(gaps)
+    radius = sigma * torch.special.ndtri(p)  # sigma / 2 (Phi^-1(p) - Phi^-1(1 - p))
+    widest = gamma * sigma / 2
+    assert (radius > 0).tolist() == [False, True, True, True] and (radius > widest).tolist() == [False] * 3 + [True]
+    hinge = torch.tensor([0.0, float(widest - radius[1]), float(widest - radius[2]), 0.0])
+    loss = Macer(sigma, k=2, beta=1.0, gamma=gamma, lam=3.0)
+    found = loss.of_logits(logits, y)
+    torch.testing.assert_close(found, (3 * hinge - p.log()).mean(), rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_a_loss_depends_on_its_seed_alone(loss):
     model, (x, y) = Smooth64(), small_data(6)
@@ -122,6 +138,22 @@ def test_smoothadv_stays_in_the_ball_and_leaves_the_mode_alone():
         assert float(SmoothAdv(0.25, 1.0)(network, x, y, seed=0)) > float(Gaussian(0.25)(network, x, y, seed=0))
     schedule = SmoothAdv(0.25, 2.0, warmup=4)
     assert [schedule.at_epoch(e).epsilon for e in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+def test_smoothadv_attacks_the_network_in_eval_mode():
+    """Batch norm that is being trained: the perturbation is that of its running statistics, and leaves no trace."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).train()
+    x, y = small_data(10)
+    network(3 * x + 1)  # running statistics that are not those of a batch
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    loss = SmoothAdv(0.25, 0.5, steps=3, k=2)
+    training = loss.perturbation(network, x, y, seed=0)
+    assert network.training and network[2].training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(training, loss.perturbation(network.eval(), x, y, seed=0))
+    assert not any(module.training for module in network.modules())
+    assert float(training.abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("squeeze", [0.001, 0.0])

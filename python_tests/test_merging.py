@@ -5,11 +5,13 @@ import itertools
 import os
 import random
 
+import numpy as np
 import pytest
 from scipy.special import ndtri
 from test_results import HEADER, LOCUSLAB, RUN, row, rows, without_time, write
 
-from pacd_fast.certification import ResultsFile, merge, read_results
+from pacd_fast import _C
+from pacd_fast.certification import ResultsFile, exactly, merge, pooled, read_results
 
 
 def test_read_several_files(tmp_path):
@@ -136,3 +138,33 @@ def test_a_million_rows_are_read_quickly(tmp_path):
     path.write_text(HEADER + "".join(f"{i}\t{line}\n" for i in range(50_000)))
     found = read_results(path)
     assert found.idx.tolist() == list(range(50_000)) and set(found.count.tolist()) == {93_000} and found.run == RUN
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.4, 0.7, 1e-3])
+def test_honest_radii_are_accepted_at_any_sigma(tmp_path, sigma):
+    """The radius has the noise's sigma, a float32 number, which may be a little larger than the one that is given."""
+    run = dataclasses.replace(RUN, sigma=sigma, n0=100, n=100_000, alpha=0.001)
+    rule = _C.FullCertificates(100, 100_000, 0.001, float(np.float32(sigma)), futility=0.0)
+    issued = [rule.issue([100, 0], [hits, 100_000 - hits]) for hits in (51_000, 70_000, 99_000, 100_000)]
+    content = [
+        dataclasses.replace(row(i), label=0, predict=0, radius=o.radius, p_lower=o.p_lower, count=int(o.counts[0]))
+        for i, o in enumerate(issued)
+    ]
+    found = read_results(write(tmp_path / "r.tsv", content, run))
+    assert all(0 <= o.radius - there < 1e-6 for o, there in zip(issued, found.radius, strict=True))
+
+
+def test_a_file_holds_exactly_the_wanted_images(tmp_path):
+    path = write(tmp_path / "r.tsv", [row(2), row(0), row(5)])
+    assert exactly(path, 3).idx.tolist() == exactly(path, [0, 2, 5]).idx.tolist() == [2, 0, 5]
+    for wrong in (2, 4, [0, 2], [0, 2, 4], [0, 2, 5, 6]):
+        with pytest.raises(ValueError, match="holds 3 images and not the"):
+            exactly(path, wrong)
+
+
+def test_victims_are_pooled_row_by_row(tmp_path):
+    first = read_results(write(tmp_path / "a.tsv", [row(0), row(1)]))
+    second = read_results(write(tmp_path / "b.tsv", [row(1), row(2)], dataclasses.replace(RUN, model="other@1")))
+    both = pooled([first, second])
+    assert both.idx.tolist() == [0, 1, 1, 2] and both.run == first.run
+    assert both.radius.tolist() == [*first.radius.tolist(), *second.radius.tolist()]

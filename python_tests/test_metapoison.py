@@ -159,6 +159,25 @@ def test_poison_keeps_its_constraints_and_says_what_it_is(objective, monkeypatch
     assert set(changed.tolist()) <= set(poison.index.tolist())
 
 
+def test_images_are_in_the_ball_at_every_step_and_rates_fall():
+    """The images that surrogates look ahead with, before anything is rounded; a rate that leaves the ball at once."""
+    data, plan = small(), attack(surrogates=2, epochs=5, steps=10, craft_lr=5.0, drops=(0.4, 0.8))
+    index, _ = plan.chosen(data)
+    crafting = module._Crafting(data, plan, index, torch.device("cpu"))
+    crafting.surrogates = [crafting.fresh(m) for m in range(2)]
+    reached = 0.0
+    for number in range(10):
+        epochs = [surrogate.epoch % 5 for surrogate in crafting.surrogates]
+        crafting.step()
+        far = float((crafting.u.detach() - crafting.base).abs().max())
+        assert far <= 16 / 255 + 1e-6 and 0 <= float(crafting.u.detach().min()) <= float(crafting.u.detach().max()) <= 1
+        reached = max(reached, far)
+        assert crafting.adam.param_groups[0]["lr"] == plan.craft_rate(number)
+        rates = [surrogate.optimizer.param_groups[0]["lr"] for surrogate in crafting.surrogates]
+        assert rates == [plan.rate(epoch) for epoch in epochs]
+    assert reached > 15 / 255 and plan.craft_rate(9) < plan.craft_rate(0) and plan.rate(4) < plan.rate(0)
+
+
 def test_a_surrogate_that_diverges_starts_again_and_is_counted(monkeypatch):
     data, plan = small(), attack(steps=2)
     real, calls = module._Crafting.epoch, []
@@ -172,6 +191,13 @@ def test_a_surrogate_that_diverges_starts_again_and_is_counted(monkeypatch):
 
     monkeypatch.setattr(module._Crafting, "epoch", broken)
     poison = metapoison(data, plan)
+    calls.clear()
+    index, _ = plan.chosen(data)
+    crafting = module._Crafting(data, plan, index, torch.device("cpu"))
+    crafting.surrogates = [crafting.fresh(m) for m in range(3)]
+    crafting.step()
+    assert [s.generation for s in crafting.surrogates] == [0, 1, 0] and crafting.surrogates[1].epoch == 0
+    assert torch.equal(crafting.surrogates[1].model[1].weight, crafting.fresh(1, 1).model[1].weight)
     assert calls and [line["lost"] for line in poison.settings["history"]] == [1, 0]
     with pytest.raises(ValueError, match="no surrogate has a finite gradient in crafting step 0: give a smaller lr"):
         metapoison(data, attack(lr=1e20))

@@ -143,7 +143,14 @@ def clean_radius(digits) -> tuple[float, float]:
     return radius_of(digits, Gaussian(0.4), 2)
 
 
-@pytest.mark.parametrize("loss", [Gaussian(0.4), Macer(0.4, k=2, lam=1.0), SmoothAdv(0.4, 0.3, warmup=0)], ids=str)
+BITTEN = [
+    pytest.param(Gaussian(0.4), marks=pytest.mark.slow),
+    Macer(0.4, k=2, lam=1.0),
+    SmoothAdv(0.4, 0.3, warmup=0),
+]
+
+
+@pytest.mark.parametrize("loss", BITTEN, ids=str)
 def test_pacd_bites_and_noise_does_not(digits, clean_radius, loss):
     made = craft(digits, loss, target_class=2, epsilon=0.15, model=TINY, recipe=RECIPE, seed=5)
     control = random(digits, target_class=2, ball=Ball(0.15))

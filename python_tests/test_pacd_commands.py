@@ -118,7 +118,7 @@ def stubs(monkeypatch):
 
     def fake_pacd(data, attack, **options):
         crafted.append(attack)
-        return Poison("pacd", torch.zeros(0, dtype=torch.int64), data.x_train[:0], data.y_train[:0], attack.ball, "x")
+        return Poison("pacd", torch.zeros(1, dtype=torch.int64), data.x_train[:1], data.y_train[:1], attack.ball, "x")
 
     def fake_audit(data, poisons, settings, work, **options):
         audited.append((settings, Path(work).name))
@@ -177,6 +177,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     assert "--data must be mnist, cifar10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_table_6_prints_the_analysis_beside_the_attack(tmp_path, capsys):
     options = ["reproduce", "table6", "--n", "100", "--work", str(tmp_path)]
     assert main([*options, "--results", str(tmp_path / "r.json")]) == 0

@@ -41,6 +41,21 @@ def test_rounded_images_are_in_the_ball_and_near(ball, dtype):
     assert torch.equal(ball.rounded(as_float(images), data.x_train), images)  # nothing is lost twice
 
 
+@pytest.mark.parametrize("short", [1e-7, 1e-6, 1e-5])
+def test_whole_levels_just_outside_an_l2_ball_are_brought_into_it(short):
+    """The projection ends a hair below whole levels; counted as whole, as they are inside, they would be outside."""
+    base = torch.full((2, 1, 1, 3), 100, dtype=torch.uint8)
+    delta = torch.tensor([[3.0, -4.0, 0.0], [2.0, 3.0, -6.0]]).view(2, 1, 1, 3)
+    for image, length in enumerate((5.0, 7.0)):
+        ball, u = Ball(length * (1 - short) / 255, "l2"), as_float(base) + delta / 255
+        images = ball.rounded(ball.project(u, as_float(base)), base)
+        assert float(ball.distortion(images, base)[image]) <= ball.epsilon
+        moved = (images[image].double() - 100).abs()
+        assert bool((moved <= delta[image].abs()).all()) and float(moved.sum()) >= float(delta[image].abs().sum()) - 3
+    exact = Ball(7 / 255, "l2").rounded(as_float(base) + delta / 255, base)
+    assert torch.equal(exact.double() - 100, delta.double())  # on the border nothing is lost
+
+
 def test_projection_is_the_nearest_point():
     base = torch.tensor([[0.0, 0.5, 1.0]])
     u = torch.tensor([[-0.3, 0.58, 0.95]])

@@ -77,10 +77,21 @@ def test_killed_ranks_and_runs_are_taken_up_by_others(folder, tmp_path):
                 found |= {line.split("\t")[0] for line in file.read_text().split("\n")[1:-1]}
         return found
 
+    def slowly(rank: int) -> int:
+        """A rank that is still at work when its first row is seen, on a machine of any speed."""
+        append = ResultsFile.append
+
+        def waiting(self: ResultsFile, row: object) -> None:
+            append(self, row)
+            time.sleep(0.2)
+
+        ResultsFile.append = waiting
+        return main(command)
+
     agent, cut_short = Agent(tmp_path, 2), 0
     for turn in range(13):
         agent.size, before = 2 + turn % 2, written()
-        agent.start(lambda rank: main(command))
+        agent.start(slowly)
         until = time.monotonic() + 30
         while written() <= before and len(before) < 16 and time.monotonic() < until:
             time.sleep(0.001)

@@ -1,5 +1,6 @@
 """Randomized smoothing of any function, by Monte Carlo."""
 
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,16 @@ def test_discrete_and_kl_are_the_label_flip_tables():
             assert np.ceil(budget) - 1 == kl_flips(tail, change, values, 10**6)[0]
             assert np.ceil(budget) - 1 <= radius
     assert kl_guarantee()(0.5) == 0 and kl_guarantee()(1.0) == np.inf
+
+
+def test_radii_of_divergences_are_rounded_down():
+    rng = np.random.default_rng(3)
+    with mp.workdps(50):
+        for p in (*rng.uniform(0.5, 1, 60).tolist(), 1 - 1e-12, 0.5 + 1e-9):
+            for per_unit in (1.0, 0.3, 7.7):
+                exact = -mp.log(4 * mp.mpf(p) * (1 - mp.mpf(p))) / 2 / mp.mpf(per_unit)
+                radius = kl_guarantee(per_unit)(p)
+                assert 0 <= radius <= exact and exact - radius <= 1e-14 * (1 + exact) / per_unit
 
 
 def test_a_sampled_learner_agrees_with_the_analytic_certificate():

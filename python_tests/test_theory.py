@@ -43,6 +43,19 @@ def test_theorem_1_against_brute_force(share):
             assert cost_of(anywhere, NEGATIVE) >= found[0].cost - 1e-12
 
 
+def test_theorem_1_names_the_best_optimum_first():
+    """Test points on the right of both thresholds: there the classes that change sides are the better poison."""
+    better = set()
+    for test in (np.array([-5.0]), np.array([-0.5]), np.array([5.0])):
+        found = theory.theorem1(NEGATIVE, POSITIVE, 1.5 * DISTANCE, test)
+        assert [each.cost for each in found] == sorted(each.cost for each in found)
+        assert [each.cost for each in found] == [
+            pytest.approx(cost_of(NEGATIVE + each.shift, test), rel=1e-9) for each in found
+        ]
+        better.add(found[0].shift > 0)
+    assert better == {True, False}
+
+
 def test_the_fitted_threshold_is_least_squares():
     t, w = theory.squared_loss_threshold(NEGATIVE, POSITIVE)
     x, y = np.concatenate([NEGATIVE, POSITIVE]), np.repeat([-1.0, 1.0], 40)
@@ -72,7 +85,7 @@ def test_the_papers_toy_numbers():
     assert clean - poisoned == pytest.approx(0.1 / math.sqrt(2)) and abs(poisoned - 0.3546) < 2e-3
 
 
-@pytest.mark.parametrize("sigma", [0.25, 0.5])
+@pytest.mark.parametrize("sigma", [pytest.param(0.25, marks=pytest.mark.slow), 0.5])
 def test_the_attack_finds_the_analytic_answer(sigma):
     toy = theory.isotropic_attack(sigma, points=2000, steps=30, n=2000, certified=300)
     expected = theory.gaussian_poison(0.2, 0.8, 0.1)

@@ -87,12 +87,28 @@ def test_sgd_with_rate_drops_is_the_written_out_loop(name, momentum):
 
 def test_a_microbatch_gives_the_gradient_of_the_batch():
     data, results = small_data(), []
-    for microbatch in (None, 8, 64):
+    for microbatch in (None, 8, 64, 12):  # 12 leaves a part of 8 in a batch of 32
         network = small_network()
         fit(network, data, Standard(), epochs=3, batch_size=32, microbatch=microbatch)
         results.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    for parts in (results[1], results[3]):
+        torch.testing.assert_close(results[0], parts, rtol=1e-4, atol=1e-5)
     assert torch.equal(results[0], results[2])
+
+
+def test_every_part_of_every_step_draws_its_own_noise():
+    seeds = []
+
+    def noted(model, x, y, *, seed):
+        seeds.append(seed)
+        return nn.functional.cross_entropy(model(x), y)
+
+    fit(small_network(), small_data(), noted, epochs=3, batch_size=32, microbatch=16, seed=4)
+    assert len(set(seeds)) == len(seeds) == 3 * 2 * 2
+    first = list(seeds)
+    seeds.clear()
+    fit(small_network(), small_data(), noted, epochs=3, batch_size=32, microbatch=16, seed=5)
+    assert not set(first) & set(seeds)
 
 
 def write_data(folder: Path, images: int = 400, name: str = "tiny") -> str:
@@ -102,6 +118,7 @@ def write_data(folder: Path, images: int = 400, name: str = "tiny") -> str:
     return str(path)
 
 
+@pytest.mark.slow  # test_cli kills and resumes Gaussian augmentation
 def test_resume_after_a_kill_gives_the_same_victim(tmp_path, capsys):
     """SmoothAdv, whose radius grows from epoch to epoch; killed in the middle, resumed, compared bit by bit."""
     out, whole, metrics = (str(tmp_path / name) for name in ("m.safetensors", "w.safetensors", "m.jsonl"))
@@ -183,6 +200,12 @@ def test_only_the_same_run_is_resumed(tmp_path):
     bent = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4))
     with pytest.raises(ValueError, match="another run: model"):
         fit(bent, data, first_loss, **options)
+    for changed in (0, 1):  # the last pixel of the last image, or the last label
+        other = [part.clone() for part in data]
+        other[changed].view(-1)[-1] = 0 if changed else 1 - other[0].view(-1)[-1]
+        with pytest.raises(ValueError, match="another run: data"):
+            fit(small_network(), tuple(other), first_loss, **options)
+    fit(small_network(), data, first_loss, **options)
 
 
 def test_metrics_replace_no_file_of_another_kind(tmp_path):

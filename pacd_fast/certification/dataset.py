@@ -160,6 +160,7 @@ def certify_dataset(
     Raises ValueError and OSError, each one line that says what to do, AnotherRun for a file of other settings.
     """
     asked = dataclasses.replace(settings or Certify(), **more)
+    out = writable(out)
     images, labels = data.split(split)
     sigma = sigma_of(asked.sigma, checkpoint)
     ranks = Ranks() if ranks is None else ranks

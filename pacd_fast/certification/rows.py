@@ -347,7 +347,7 @@ def _wrong(rows: Results) -> Iterator[tuple[NDArray[np.bool_], Callable[[int], s
             z = 0.5 * (z - ndtri(np.maximum(np.minimum(q, 1 - p) - 1e-9, 0.0)))
     with np.errstate(over="ignore"):
         sigma = max(float(run.sigma), float(np.float32(run.sigma)))  # the noise has the second; the first was asked for
-        most = sigma * np.maximum(z, 0)
+        most = sigma * np.maximum(z, 0.0)
     yield (
         r.radius * (1 - 1e-9) - 1e-9 > most,
         lambda i: f"radius {r.radius[i]} is more than p_lower {p[i]} is worth",
