@@ -21,7 +21,7 @@ from pacd_fast.certification.sharing import Share
 Pieces: TypeAlias = Iterable[tuple[int, int, int, int, int]]
 """Samples [first, first + count) of an image on a stream, counted in a slot: (image, stream, first, count, slot)."""
 
-AHEAD = 2  # batches that a card may run ahead of the votes that the host has seen
+AHEAD = {"cpu": 0, "cuda": 2}  # batches that a device may run ahead of the votes that the host has seen
 
 
 class Sampler:
@@ -64,7 +64,7 @@ class Sampler:
         rows = self.rows * share.parts
         votes = _Votes(rows, self.classifier)
         waiting: deque[_Report] = deque()
-        ahead, since = AHEAD if self.classifier.device.type == "cuda" else 0, time.perf_counter()
+        ahead, since = AHEAD.get(self.classifier.device.type, 0), time.perf_counter()
         images, each = len(self.copies.images), rule.n0 + rule.n
         with share.bar(images * each, images, progress) as advance:
             while not planner.done:
