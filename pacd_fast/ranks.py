@@ -88,6 +88,10 @@ class Ranks:
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
         return self._answers(name)
 
+    def restarted(self) -> bool:
+        """Whether torchrun started them again after one has failed, so that they go on with what is there."""
+        return any(self.everyones(self.size > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
     def agree(self, about: Mapping[str, Any]) -> None:
         """Raises ValueError, naming rank and difference, where they do not all say the same; values of JSON."""
         first, *others = self.everyones(dict(about))
@@ -109,7 +113,8 @@ class Ranks:
     def _answers(self, name: str) -> list[Any]:
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         _wait(self._store, keys)
-        return [json.loads(text) for text in self._store.multi_get(keys)]
+        texts = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
+        return [json.loads(text) for text in texts]
 
     def fails_first(self) -> bool:
         """Whether this is the first to fail: the others' words would hide its own."""

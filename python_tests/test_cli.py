@@ -223,7 +223,7 @@ def test_locuslab_files_are_read(tmp_path, capsys):
 def test_info_says_what_is_there(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("torch", "SIMD", "threads", "CUDA library"):
+    for word in ("torch", "SIMD", "threads", "CUDA library", "certify uses"):
         assert word in out
 
 

@@ -254,22 +254,25 @@ class _Crafting:
         """One batch of poison: lower steps on the weights, the hypergradient, a step of the poison."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(mix(self.seed, Purpose.PACD_ORDER, self.epoch))
-        here = torch.randperm(len(self.base), generator=generator).split(recipe.poison_batch)[self.step]
+        order = torch.randperm(len(self.base), generator=generator)
+        here = order.split(recipe.poison_batch)[self.step].to(self.device)
         draw = torch.Generator().manual_seed(mix(self.seed, Purpose.PACD_BATCHES, self.epoch, self.step))
+        *batches, x_y = self._clean_batches(draw, recipe.lower_steps + 1)
         u, labels = self.u[here], self.labels[here]
         loss = self.attack.loss
         if hasattr(loss, "at_epoch"):
             loss = loss.at_epoch(self.epoch % recipe.restart)
-        for lower_step in range(recipe.lower_steps):
-            x, y = self._clean_batch(draw)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for lower_step, (x, y) in enumerate(batches):
             noise = mix(self.seed, Purpose.PACD_LOWER_NOISE, self.epoch, self.step, lower_step)
             value = loss(self.network, torch.cat([x, u]), torch.cat([y, labels]), seed=noise)
-            if not math.isfinite(float(value.detach())):
-                return self._not_finite()
+            finite = finite & value.detach().isfinite()
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
             self.optimizer.step()
-        x, y = self._clean_batch(draw)
+        if not bool(finite):
+            return self._not_finite()
+        x, y = x_y
         noise = mix(self.seed, Purpose.PACD_PROBLEM_NOISE, self.epoch, self.step)
         problem = lower_problem(self.network, loss, x, torch.cat([y, labels]), noise, u)
         with warnings.catch_warnings():
@@ -288,16 +291,17 @@ class _Crafting:
                 with_solution=True,
                 **recipe.solver_options(),
             )
-        if not (math.isfinite(float(upper)) and math.isfinite(float(lower))):
+        up, low, sound = torch.stack([upper, lower, torch.isfinite(gradient).all().to(upper.dtype)]).tolist()
+        if not (math.isfinite(up) and math.isfinite(low)):
             return self._not_finite()
         self.unsolved += found.diverged
-        if bool(torch.isfinite(gradient).all()):
+        if sound:
             self.q = found.q
-            self._move(here.to(self.device), gradient)
+            self._move(here, gradient)
         else:  # the solver ran away: leave this step out, and begin the next system from 0
             self.q = None
         return {
-            "epoch": self.epoch, "upper": float(upper), "lower": float(lower), "residual": found.residual,
+            "epoch": self.epoch, "upper": up, "lower": low, "residual": found.residual,
             "products": found.products,
         }  # fmt: skip
 
@@ -314,10 +318,11 @@ class _Crafting:
 
         return cost
 
-    def _clean_batch(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = self.clean[torch.randperm(len(self.clean), generator=draw)[: self.recipe.clean_batch]]
-        index = index.to(self.device)
-        return as_float(self.x_train[index]), self.y_train[index]
+    def _clean_batches(self, draw: torch.Generator, count: int) -> list[tuple[Tensor, Tensor]]:
+        """So many batches of clean images, drawn on the host and brought over together."""
+        size = self.recipe.clean_batch
+        drawn = [self.clean[torch.randperm(len(self.clean), generator=draw)[:size]] for _ in range(count)]
+        return [(as_float(self.x_train[index]), self.y_train[index]) for index in torch.stack(drawn).to(self.device)]
 
     def _not_finite(self) -> dict[str, Any]:
         self.restarts_nan += 1

@@ -27,6 +27,7 @@ from pacd_fast.training.evaluation import check_classifier, check_pixels
 from pacd_fast.training.losses import Loss
 
 OPTIMIZERS = ("adam", "momentum", "sgd")
+LOOKS = {"cuda": 20}  # steps after which the host asks whether a loss was not finite: on a card it would wait
 
 
 def fit(
@@ -163,13 +164,25 @@ class _Run:
         started, device = time.perf_counter(), self.images.device
         total = torch.zeros((), device=device)
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(len(self.images), generator=generator).to(device)
+        order = torch.randperm(len(self.images), generator=generator)
+        moves = _moves(order, self.batch_size, self.microbatch, generator).to(device) if self.augment else None
+        order, watch = order.to(device), _Watch(device)
         loss = self.loss.at_epoch(epoch) if hasattr(self.loss, "at_epoch") else self.loss
         with seeded(device, mix(self.seed, epoch, Purpose.DROPOUT)):
             for step, index in enumerate(order.split(self.batch_size)):
-                mean = self.step(loss, epoch, step, index, generator, accuracy)
+                first = step * self.batch_size
+                moved = None if moves is None else moves[:, first : first + len(index)]
+                mean = self.step(loss, epoch, step, index, moved, accuracy, watch)
                 total += mean * len(index)
                 bar.update()
+                last = step == self.steps - 1
+                if step % LOOKS.get(device.type, 1) == 0 or last:
+                    self.look(epoch, watch)
+                if last and not bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
+                    raise ValueError(
+                        f"the weights are not finite after epoch {epoch}, step {step} (noise seed "
+                        f"{self.noise(epoch, step, 0)}); the last checkpoint stands; a smaller lr may help"
+                    )
                 if step % 20 == 0:
                     bar.set_postfix_str(
                         f"epoch {epoch + 1}/{self.epochs}, loss {float(mean):.4f}, accuracy {accuracy.share():.2%}"
@@ -181,35 +194,63 @@ class _Run:
             "seconds": time.perf_counter() - started,
         }
 
+    def noise(self, epoch: int, step: int, part: int) -> int:
+        """The seed of a part's noise."""
+        return mix(self.seed, epoch, Purpose.NOISE, step, part)
+
     def step(
-        self, loss: Loss, epoch: int, step: int, index: Tensor, generator: torch.Generator, accuracy: _Accuracy
+        self,
+        loss: Loss,
+        epoch: int,
+        step: int,
+        index: Tensor,
+        moves: Tensor | None,
+        accuracy: _Accuracy,
+        watch: _Watch,
     ) -> Tensor:
         """One step of the optimiser on the images `index`; their mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        device = self.images.device
+        device, size = self.images.device, self.microbatch or self.batch_size
         mean = torch.zeros((), device=device)
-        for part, chosen in enumerate(index.split(self.microbatch or self.batch_size)):
+        for part, chosen in enumerate(index.split(size)):
             x, y = as_float(self.images[chosen]), self.labels[chosen]
-            if self.augment:
-                x = _augmented(x, generator)
-            noise = mix(self.seed, epoch, Purpose.NOISE, step, part)
+            if moves is not None:
+                x = _augmented(x, moves[:, part * size : part * size + len(chosen)])
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                value = loss(self.model, x, y, seed=noise) * (len(chosen) / len(index))
-            if not bool(torch.isfinite(value)):
-                raise ValueError(
-                    f"the loss is {float(value.detach())} at epoch {epoch}, step {step} "
-                    f"(noise seed {noise}); the last checkpoint stands; a smaller lr may help"
-                )
+                value = loss(self.model, x, y, seed=self.noise(epoch, step, part)) * (len(chosen) / len(index))
+            watch.see(value.detach(), step, part)
+            if LOOKS.get(device.type, 1) == 1:
+                self.look(epoch, watch)  # before the weights see it
             value.backward()
             mean += value.detach()
             accuracy.count(y)
         self.optimizer.step()
-        if step == self.steps - 1 and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        return mean
+
+    def look(self, epoch: int, watch: _Watch) -> None:
+        """Raises ValueError where a loss was not finite."""
+        found = watch.first()
+        if found is not None:
+            value, step, part = found
             raise ValueError(
-                f"the weights are not finite after epoch {epoch}, step {step} (noise seed {noise}); "
+                f"the loss is {value} at epoch {epoch}, step {step} (noise seed {self.noise(epoch, step, part)}); "
                 "the last checkpoint stands; a smaller lr may help"
             )
-        return mean
+
+
+class _Watch:
+    """The first loss of an epoch that was not finite, kept on the device, so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._found = torch.tensor([0.0, -1.0, -1.0], dtype=torch.float64, device=device)  # loss, step, part
+
+    def see(self, loss: Tensor, step: int, part: int) -> None:
+        here = torch.stack([loss.double(), torch.full_like(loss, step).double(), torch.full_like(loss, part).double()])
+        self._found = torch.where((self._found[1] < 0) & ~loss.isfinite(), here, self._found)
+
+    def first(self) -> tuple[float, int, int] | None:
+        loss, step, part = self._found.tolist()
+        return None if step < 0 else (loss, int(step), int(part))
 
 
 class _Accuracy:
@@ -256,14 +297,22 @@ class _Deterministic:
         torch.backends.cudnn.deterministic = self._before
 
 
-def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+def _moves(order: Tensor, batch_size: int, microbatch: int | None, generator: torch.Generator) -> Tensor:
+    """Whether an image is flipped, and where it is cropped: int64 [3, N] in an epoch's order, drawn part by part."""
+    drawn = []
+    for index in order.split(batch_size):
+        for part in index.split(microbatch or batch_size):
+            flip = torch.rand(len(part), generator=generator) < 0.5
+            drawn.append(torch.cat([flip[None].long(), torch.randint(0, 9, (2, len(part)), generator=generator)]))
+    return torch.cat(drawn, 1)
+
+
+def _augmented(x: Tensor, moves: Tensor) -> Tensor:
     """Random horizontal flip and random crop after padding 4, each image its own, as is usual for CIFAR-10."""
     batch, _, height, width = x.shape
-    flip = torch.rand(batch, generator=generator).to(x.device) < 0.5
-    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-    shift = torch.randint(0, 9, (2, batch), generator=generator).to(x.device)
-    rows = shift[0].view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
-    columns = shift[1].view(-1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, -1)
+    x = torch.where((moves[0] > 0).view(-1, 1, 1, 1), x.flip(3), x)
+    rows = moves[1].view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
+    columns = moves[2].view(-1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, -1)
     padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
     images = torch.arange(batch, device=x.device).view(-1, 1, 1)
     return padded[images, rows, columns].permute(0, 3, 1, 2)
