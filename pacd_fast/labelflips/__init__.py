@@ -1,8 +1,9 @@
 """Label flips: how many changed training labels a prediction survives, and attacks to compare with.
 
 `certifier` is the classifier, `rules` its certificates, `regularisation` the choice of its ridge parameter; `attacks`
-and `logistic` bound them from above; `features`, `patches` and `simclr` learn features without the labels to be certified; `problems`
-put all that is said about a data set's points into a file, which `results` writes and checks and `curves` reads.
+and `logistic` bound them from above; `features`, `patches` and `simclr` learn features without the labels to be
+certified; `problems` put all that is said about a data set's points into a file, which `results` writes and checks and
+`curves` reads.
 Imports `arguments`, `files`, `randomness`, `tables`, `ops`, `data`.
 """
 
