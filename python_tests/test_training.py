@@ -223,7 +223,7 @@ def test_augmentation_flips_and_crops():
     flipped = nn.functional.pad(image.flip(3), (4, 4, 4, 4))
     crops = [wide[..., r : r + 5, c : c + 5] for wide in (padded, flipped) for r in range(9) for c in range(9)]
     crops = {tuple(crop.flatten().tolist()) for crop in crops}
-    x = loop._augmented(image.expand(4000, 3, 5, 5), torch.Generator().manual_seed(0))
+    x = loop._augmented(image.expand(4000, 3, 5, 5), torch.Generator().manual_seed(0), 4000, slice(0, 4000))
     assert {tuple(each) for each in x.flatten(1).tolist()} == crops
 
 

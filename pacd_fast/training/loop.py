@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ from tqdm import tqdm
 from pacd_fast import _C, files
 from pacd_fast.arguments import at_least, not_negative, positive
 from pacd_fast.data import Dataset, as_float, labelled
+from pacd_fast.networks import fingerprint
 from pacd_fast.randomness import Purpose, mix, seeded
+from pacd_fast.ranks import Ranks
 from pacd_fast.training.evaluation import check_classifier, check_pixels
 from pacd_fast.training.losses import Loss
+from pacd_fast.training.splitting import Split, splittable
 
 OPTIMIZERS = ("adam", "momentum", "sgd")
 
@@ -49,6 +53,7 @@ def fit(
     metrics: str | os.PathLike[str] | None = None,
     progress: bool = False,
     after_epoch: Callable[[int, nn.Module], object] | None = None,
+    group: Any = None,
 ) -> nn.Module:
     """Trains the model in place and returns it, in eval mode.
 
@@ -72,14 +77,20 @@ def fit(
         metrics: a file of JSON lines, one per epoch: epoch, loss, accuracy (under the loss's own noise), seconds.
         progress: show a bar with loss, accuracy and time left.
         after_epoch: called with the epoch, from 0, and the model, which is in training mode.
+        group: a torch.distributed process group that trains the model together: all its processes call this with the
+            same arguments and weights, and each takes its rows of every batch.  Gradients, statistics of batch norm
+            and metrics are those of the whole batch, up to the order of summation, because noise and augmentation
+            belong to the image; the loss must be a mean over images that takes image_ids (see `Loss`).  Rank 0 alone
+            writes and shows a bar; all read the checkpoint.
 
     On the CPU the C library is told to keep freed memory (see `_C.keep_freed_memory`): without it, fresh pages for
     every step's activations cost up to a third of the time.
 
     Raises:
         ValueError: for arguments out of range, labels that the model has no class for, a checkpoint of another run or
-            of more epochs, or a loss or weight that is not finite (it names the step and the seed that reproduce it;
-            the last checkpoint, whose weights are finite, stands).
+            of more epochs, a loss or weight that is not finite (it names the step and the seed that reproduce it;
+            the last checkpoint, whose weights are finite, stands), or, with a group, a loss without image_ids, a
+            network with dropout, processes that differ.
     """
     images, labels = data.split("train") if isinstance(data, Dataset) else labelled(data)
     _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
@@ -109,15 +120,27 @@ def fit(
         raise files.AnotherRun(
             f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
         )
+    ranks = Ranks.of_group(group)
+    if ranks.size > 1:
+        if not splittable(loss):
+            raise ValueError("the loss must take image_ids, the rows' numbers, for a batch to be split over processes")
+        ranks.agree(
+            {**described, "device": device.type, "epochs": epochs, "done": first, "weights": fingerprint(model)}
+        )
+    split = Split(ranks, model)
+    if ranks.rank:
+        checkpoint = metrics = None
     if metrics is not None:
         files.keep_lines(metrics, first)
     run = _Run(
-        model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs
-    )
+        model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs,
+        split,
+    )  # fmt: skip
     interval = 0.2 if sys.stderr.isatty() else 10.0
     total = epochs * run.steps
+    hidden = not progress or ranks.rank > 0
     with (
-        tqdm(total=total, initial=first * run.steps, unit="step", disable=not progress, mininterval=interval) as bar,
+        tqdm(total=total, initial=first * run.steps, unit="step", disable=hidden, mininterval=interval) as bar,
         _Deterministic(),
         _Accuracy(model, device) as accuracy,
     ):
@@ -132,6 +155,7 @@ def fit(
                 files.write(Path(checkpoint), described, state)
             if after_epoch is not None:
                 after_epoch(epoch, model)
+    ranks.everyones("rank 0 has written")
     return model.eval()
 
 
@@ -150,6 +174,7 @@ class _Run:
     seed: int
     dtype: torch.dtype
     epochs: int
+    split: Split
 
     @property
     def steps(self) -> int:
@@ -177,7 +202,7 @@ class _Run:
         return {
             "epoch": epoch,
             "loss": float(total) / len(self.images),
-            "accuracy": accuracy.share(),
+            "accuracy": accuracy.share(self.split.ranks),
             "seconds": time.perf_counter() - started,
         }
 
@@ -189,20 +214,26 @@ class _Run:
         device = self.images.device
         mean = torch.zeros((), device=device)
         for part, chosen in enumerate(index.split(self.microbatch or self.batch_size)):
-            x, y = as_float(self.images[chosen]), self.labels[chosen]
+            (rows,), share = self.split.rows(len(chosen))
+            x, y = as_float(self.images[chosen[rows]]), self.labels[chosen[rows]]
             if self.augment:
-                x = _augmented(x, generator)
+                x = _augmented(x, generator, len(chosen), rows)
             noise = mix(self.seed, epoch, Purpose.NOISE, step, part)
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                value = loss(self.model, x, y, seed=noise) * (len(chosen) / len(index))
-            if not bool(torch.isfinite(value)):
-                raise ValueError(
-                    f"the loss is {float(value.detach())} at epoch {epoch}, step {step} "
-                    f"(noise seed {noise}); the last checkpoint stands; a smaller lr may help"
-                )
+            low = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with low, self.split.batch_norm(self.model, share):
+                value = loss(self.model, x, y, seed=noise, **self.split.numbered(rows))
+            value = value * (share * len(chosen) / len(index))
             value.backward()
             mean += value.detach()
-            accuracy.count(y)
+            accuracy.count(y, share > 0)
+            if self.split.alone and not bool(torch.isfinite(mean)):
+                break
+        mean = self.split.add_up(self.model.parameters(), mean)
+        if not bool(torch.isfinite(mean)):
+            raise ValueError(
+                f"the loss is {float(mean)} at epoch {epoch}, step {step} "
+                f"(noise seed {noise}); the last checkpoint stands; a smaller lr may help"
+            )
         self.optimizer.step()
         if step == self.steps - 1 and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise ValueError(
@@ -223,16 +254,20 @@ class _Accuracy:
         self.last: Tensor | None = None
         self.right, self.voted = torch.zeros((), dtype=torch.int64, device=self.device), 0
 
-    def count(self, y: Tensor) -> None:
-        """The logits [len(y) * copies, classes] of the last pass, if that is what they are."""
+    def count(self, y: Tensor, counts: bool) -> None:
+        """The logits [len(y) * copies, classes] of the last pass, if that is what they are and they count."""
         logits, self.last = self.last, None
-        if logits is not None and logits.dim() == 2 and len(logits) % len(y) == 0:
+        if counts and logits is not None and logits.dim() == 2 and len(logits) % len(y) == 0:
             votes = logits.detach().argmax(1).view(len(y), -1)
             self.right += (votes == y.unsqueeze(1)).sum()
             self.voted += votes.numel()
 
-    def share(self) -> float:
-        return int(self.right) / max(self.voted, 1)
+    def share(self, ranks: Ranks | None = None) -> float:
+        """Of this process, or of all of them."""
+        right, voted = int(self.right), self.voted
+        if ranks is not None:
+            right, voted = ranks.summed(np.array([right, voted])).tolist()
+        return right / max(voted, 1)
 
     def _see(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
         self.last = logits
@@ -256,12 +291,15 @@ class _Deterministic:
         torch.backends.cudnn.deterministic = self._before
 
 
-def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random horizontal flip and random crop after padding 4, each image its own, as is usual for CIFAR-10."""
+def _augmented(x: Tensor, generator: torch.Generator, count: int, rows: slice) -> Tensor:
+    """Random horizontal flip and random crop after padding 4, each image its own, as is usual for CIFAR-10.
+
+    x: these rows of a batch of `count`, for all of which numbers are drawn.
+    """
     batch, _, height, width = x.shape
-    flip = torch.rand(batch, generator=generator).to(x.device) < 0.5
+    flip = torch.rand(count, generator=generator)[rows].to(x.device) < 0.5
     x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-    shift = torch.randint(0, 9, (2, batch), generator=generator).to(x.device)
+    shift = torch.randint(0, 9, (2, count), generator=generator)[:, rows].to(x.device)
     rows = shift[0].view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
     columns = shift[1].view(-1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, -1)
     padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
