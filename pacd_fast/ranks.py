@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import io
 import json
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Ranks"]
 
-_ASK = datetime.timedelta(seconds=5)  # how often one that waits for others looks whether one of them has failed
+_ASK = 0.05  # seconds after which one that waits for others looks again
 
 
 class Ranks:
@@ -198,11 +197,10 @@ def _attempt(store: Any, rank: int, size: int) -> str:
 
 
 def _wait(store: Any, keys: list[str]) -> None:
-    """For others, however long they take: where one has died torchrun ends all."""
-    while True:
-        try:
-            store.wait(keys, _ASK)
-            return
-        except dist.DistStoreError:  # not yet
-            if store.check(["sum/failed"]):
-                raise SystemExit(2) from None  # another has said why
+    """For others, however long they take: where one has died torchrun ends all.  (Store.wait warns while it waits.)"""
+    pause = 0.001
+    while not store.check(keys):
+        if store.check(["sum/failed"]):
+            raise SystemExit(2)  # another has said why
+        time.sleep(pause)
+        pause = min(2 * pause, _ASK)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -192,3 +193,31 @@ def test_poison_is_crafted_by_all(attack, folder, tmp_path):
     far = (found.images.int() - expected.images.int()).abs()
     assert far.count_nonzero() <= far.numel() // 100, far.count_nonzero()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_table_is_reproduced_by_all(tmp_path):
+    """Poison and victims are handed out; one process finds the same with that poison."""
+    draw = np.random.default_rng(1)
+    labels = np.resize([*range(10), 8, 8], 5600)
+    images = draw.integers(0, 256, (5600, 1, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images[:50], y_test=labels[:50])
+    command = ["reproduce", "table2", "--data", str(tmp_path / "mnist.npz"), "--small", "--sigma", "0.5"]
+    command += ["--epochs", "1", "--train-images", "600"]
+    command += ["--seeds", "2", "--baseline-seeds", "1", "--poisons", "1", "--craft-epochs", "1", "--count", "2"]
+    command += ["--n", "100", "--others", "0", "--device", "cpu", "--work"]
+    codes, said = together(tmp_path / "logs", 2, [*command, tmp_path / "two"])
+    assert codes == [0, 0], said
+    assert "| poison" in said and (tmp_path / "logs/log1").read_text() == ""
+    (tmp_path / "one").mkdir()
+    (poison,) = (tmp_path / "two").glob("*gaussian*.npz")
+    shutil.copy(poison, tmp_path / "one")
+    assert main([*command, str(tmp_path / "one")]) == 0
+    names = [sorted(str(file.relative_to(tmp_path / each)) for file in (tmp_path / each).rglob("*")) for each in WORKS]
+    assert set(names[0]) >= set(names[1]) and not set(names[0]) - set(names[1]) - {poison.with_suffix(".jsonl").name}
+    two, one = (json.loads((tmp_path / each / "results.json").read_text()) for each in WORKS)
+    assert two["PACD table 2"]["rows"] == one["PACD table 2"]["rows"] and len(one["PACD table 2"]["rows"]) == 4
+    codes, said = together(tmp_path / "logs", 2, ["reproduce", "flips-mnist", "--work", tmp_path / "none"])
+    assert 2 in codes and "flips-mnist is for one process" in said
+
+
+WORKS = ("two", "one")
