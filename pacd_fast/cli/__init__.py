@@ -29,7 +29,7 @@ _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("certify", "audit", "reproduce"), "; run the same command again to go on"),
 }
 
-_TOGETHER = ("certify", "train", "audit")  # what several processes do together
+_TOGETHER = ("certify", "train", "audit", "poison", "reproduce")  # what several processes do together
 
 
 class _Parser(argparse.ArgumentParser):
