@@ -224,14 +224,7 @@ class _Run:
         return mix(self.seed, epoch, Purpose.NOISE, step, part)
 
     def step(
-        self,
-        loss: Loss,
-        epoch: int,
-        step: int,
-        index: Tensor,
-        moves: Tensor | None,
-        accuracy: _Accuracy,
-        watch: _Watch,
+        self, loss: Loss, epoch: int, step: int, index: Tensor, moves: Tensor | None, accuracy: _Accuracy, watch: _Watch
     ) -> Tensor:
         """One step of the optimiser on the images `index`; their mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
