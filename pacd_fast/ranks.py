@@ -1,4 +1,29 @@
-"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store."""
+"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store.
+
+On one machine (`-m --`: some versions of torchrun else take a flag such as --n for one of their own)::
+
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m -- pacd_fast certify ... --out results.tsv
+
+Over nodes, by Slurm, one torchrun each, and as many processes as a node has cards (or groups of cores; set
+OMP_NUM_THREADS then)::
+
+    #SBATCH --nodes=4 --ntasks-per-node=1
+    HEAD=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
+    srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 4 --max-restarts 3 --rdzv-id $SLURM_JOB_ID \\
+        --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 -m -- pacd_fast certify ... --out results.tsv
+
+The same without torchrun, where no process need hear of another: `certify ... --seed 7 --shard i/4 --out part-i.tsv`
+for i = 0 to 3, then `merge part-*.tsv --out results.tsv`.
+
+- certify: images are handed out as ranks ask for them, and each appends to a file beside --out (results.tsv.rank1, ...)
+  until all are one; `--share samples` shares every image's samples.  Killed, whole or in part, the same command goes on
+  with any number of processes; without --max-restarts too.
+- train --seeds N, audit (of a class), reproduce (PACD's tables and figures): victims are handed out.
+- train of one network, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again with --resume, with
+  any number of processes.
+- All need one disk for --out, --work, one version of this package, and devices of one kind; the other commands are for
+  one process.
+"""
 
 from __future__ import annotations
 
