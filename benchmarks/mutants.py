@@ -37,7 +37,6 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "mutants"
 TREE = WORK / "tree"
 NO_TEST = 5  # pytest's exit code where a selection is empty: nothing sees anything
-LIMIT = 600  # seconds of the tests of one mutant
 LOADED = ("torch", "torch.func", "torch._dynamo", "numpy", "scipy.stats", "scipy.special", "mpmath", "pytest", "tqdm",
           "safetensors.torch", "hypothesis", "sklearn.linear_model", "matplotlib.figure")  # fmt: skip
 
@@ -190,8 +189,8 @@ def build() -> None:
         shutil.copy(path, TREE / "pacd_fast" / path.name)
 
 
-def run_tests(tests: str, log: Path) -> tuple[str, float]:
-    """("passed", "failed" or "hung"), and seconds; in a forked process that imports the copy's package."""
+def run_tests(tests: str, log: Path, limit: float = 600.0) -> tuple[str, float]:
+    """("passed", "failed" or "hung" for `limit` seconds), and seconds; in a fork that imports the copy's package."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -215,7 +214,7 @@ def run_tests(tests: str, log: Path) -> tuple[str, float]:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - started > LIMIT:
+        if time.monotonic() - started > limit:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -266,7 +265,7 @@ def outcome(mutant: Mutant, found: dict[str, Any]) -> dict[str, Any]:
                 build()
             except subprocess.CalledProcessError as error:
                 raise SystemExit(f"{mutant.name} does not compile: {error.stderr.decode()[-800:]}") from error
-        status, seconds = run_tests(mutant.tests, log)
+        status, seconds = run_tests(mutant.tests, log, 60.0 + 10.0 * found[clean]["seconds"])
     by = "" if status == "passed" else "a limit of time" if status == "hung" else failing(log)
     return {"name": mutant.name, "seen": status != "passed", "by": by, "seconds": round(seconds, 1)}
 

@@ -277,14 +277,16 @@ class _Crafting:
         """One batch of poison: lower steps on the weights, the hypergradient, a step of the poison."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(mix(self.seed, Purpose.PACD_ORDER, self.epoch))
-        here = torch.randperm(len(self.base), generator=generator).split(recipe.poison_batch)[self.step]
+        order = torch.randperm(len(self.base), generator=generator)
+        here = order.split(recipe.poison_batch)[self.step].to(self.device)
         draw = torch.Generator().manual_seed(mix(self.seed, Purpose.PACD_BATCHES, self.epoch, self.step))
+        *batches, x_y = self._clean_batches(draw, recipe.lower_steps + 1)
         u, labels = self.u[here], self.labels[here]
         loss = self.attack.loss
         if hasattr(loss, "at_epoch"):
             loss = loss.at_epoch(self.epoch % recipe.restart)
-        for lower_step in range(recipe.lower_steps):
-            x, y = self._clean_batch(draw)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for lower_step, (x, y) in enumerate(batches):
             rows, numbered, share = self._mine(x, u)
             noise = mix(self.seed, Purpose.PACD_LOWER_NOISE, self.epoch, self.step, lower_step)
             batch = torch.cat([x[rows[0]], u[rows[1]]]), torch.cat([y[rows[0]], labels[rows[1]]])
@@ -292,10 +294,11 @@ class _Crafting:
                 value = share * loss(self.network, *batch, seed=noise, **numbered)
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
-            if not math.isfinite(float(self.split.add_up(self.network.parameters(), value.detach()))):
-                return self._not_finite()
+            finite = finite & self.split.add_up(self.network.parameters(), value.detach()).isfinite()
             self.optimizer.step()
-        x, y = self._clean_batch(draw)
+        if not bool(finite):
+            return self._not_finite()
+        x, y = x_y
         rows, numbered, share = self._mine(x, u)
         noise = mix(self.seed, Purpose.PACD_PROBLEM_NOISE, self.epoch, self.step)
         problem = lower_problem(
@@ -319,16 +322,17 @@ class _Crafting:
                 group=self.ranks.group(),
                 **recipe.solver_options(),
             )
-        if not (math.isfinite(float(upper)) and math.isfinite(float(lower))):
+        up, low, sound = torch.stack([upper, lower, torch.isfinite(gradient).all().to(upper.dtype)]).tolist()
+        if not (math.isfinite(up) and math.isfinite(low)):
             return self._not_finite()
         self.unsolved += found.diverged
-        if bool(torch.isfinite(gradient).all()):
+        if sound:
             self.q = found.q
-            self._move(here.to(self.device), gradient)
+            self._move(here, gradient)
         else:  # the solver ran away: leave this step out, and begin the next system from 0
             self.q = None
         return {
-            "epoch": self.epoch, "upper": float(upper), "lower": float(lower), "residual": found.residual,
+            "epoch": self.epoch, "upper": up, "lower": low, "residual": found.residual,
             "products": found.products,
         }  # fmt: skip
 
@@ -353,10 +357,11 @@ class _Crafting:
         after = slice(rows[1].start + len(clean), rows[1].stop + len(clean))
         return rows, self.split.numbered(rows[0], after), share
 
-    def _clean_batch(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = self.clean[torch.randperm(len(self.clean), generator=draw)[: self.recipe.clean_batch]]
-        index = index.to(self.device)
-        return as_float(self.x_train[index]), self.y_train[index]
+    def _clean_batches(self, draw: torch.Generator, count: int) -> list[tuple[Tensor, Tensor]]:
+        """So many batches of clean images, drawn on the host and brought over together."""
+        size = self.recipe.clean_batch
+        drawn = [self.clean[torch.randperm(len(self.clean), generator=draw)[:size]] for _ in range(count)]
+        return [(as_float(self.x_train[index]), self.y_train[index]) for index in torch.stack(drawn).to(self.device)]
 
     def _not_finite(self) -> dict[str, Any]:
         self.restarts_nan += 1
