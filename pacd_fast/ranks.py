@@ -33,7 +33,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 __all__ = ["Ranks"]
 
 _ASK = 0.05  # seconds after which one that waits for others looks again
+_SPEAKS = 5.0  # seconds that one who failed first may take to say so
 
 
 class Ranks:
@@ -147,12 +148,20 @@ class Ranks:
         texts = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
         return [json.loads(text) for text in texts]
 
-    def fails_first(self) -> bool:
-        """Whether this is the first to fail: the others' words would hide its own."""
+    def fail(self, say: Callable[[], None]) -> None:
+        """The first of them to fail says why; whoever ends after it has let it speak, for torchrun then stops all."""
+        if self.size == 1:
+            return say()
         try:
-            return self.size == 1 or self.add("failed", 1) == 1
+            if self.add("failed", 1) == 1:
+                say()
+                self._store.set("said", "")
+            else:
+                until = time.monotonic() + _SPEAKS
+                while not self._store.check(["said"]) and time.monotonic() < until:
+                    time.sleep(_ASK)
         except RuntimeError:  # the store has gone
-            return True
+            say()
 
     def group(self) -> Any:
         """Their process group, made where there is none yet; None for one that is alone.
@@ -225,7 +234,7 @@ def _wait(store: Any, keys: list[str]) -> None:
     """For others, however long they take: where one has died torchrun ends all.  (Store.wait warns while it waits.)"""
     pause = 0.001
     while not store.check(keys):
-        if store.check(["sum/failed"]):
+        if store.check(["said"]):
             raise SystemExit(2)  # another has said why
         time.sleep(pause)
         pause = min(2 * pause, _ASK)

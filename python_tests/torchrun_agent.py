@@ -81,6 +81,8 @@ class Agent:
                 code = function(rank)
                 sys.stdout.flush()
                 sys.stderr.flush()
+            except SystemExit as end:
+                code = int(end.code or 0)
             except Exception:
                 traceback.print_exc()
             finally:
