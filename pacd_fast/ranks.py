@@ -1,4 +1,29 @@
-"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store."""
+"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store.
+
+On one machine (`-m --`: some versions of torchrun else take a flag such as --n for one of their own)::
+
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m -- pacd_fast certify ... --out results.tsv
+
+Over nodes, by Slurm, one torchrun each, and as many processes as a node has cards (or groups of cores; set
+OMP_NUM_THREADS then)::
+
+    #SBATCH --nodes=4 --ntasks-per-node=1
+    HEAD=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
+    srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 4 --max-restarts 3 --rdzv-id $SLURM_JOB_ID \\
+        --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 -m -- pacd_fast certify ... --out results.tsv
+
+The same without torchrun, where no process need hear of another: `certify ... --seed 7 --shard i/4 --out part-i.tsv`
+for i = 0 to 3, then `merge part-*.tsv --out results.tsv`.
+
+- certify: images are handed out as ranks ask for them, and each appends to a file beside --out (results.tsv.rank1, ...)
+  until all are one; `--share samples` shares every image's samples.  Killed, whole or in part, the same command goes on
+  with any number of processes; without --max-restarts too.
+- train --seeds N, audit (of a class), reproduce (PACD's tables and figures): victims are handed out.
+- train of one network, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again with --resume, with
+  any number of processes.
+- All need one disk for --out, --work, one version of this package, and devices of one kind; the other commands are for
+  one process.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +33,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +45,7 @@ from numpy.typing import NDArray
 __all__ = ["Ranks"]
 
 _ASK = 0.05  # seconds after which one that waits for others looks again
+_SPEAKS = 5.0  # seconds that one who failed first may take to say so
 
 
 class Ranks:
@@ -122,12 +148,20 @@ class Ranks:
         texts = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
         return [json.loads(text) for text in texts]
 
-    def fails_first(self) -> bool:
-        """Whether this is the first to fail: the others' words would hide its own."""
+    def fail(self, say: Callable[[], None]) -> None:
+        """The first of them to fail says why; whoever ends after it has let it speak, for torchrun then stops all."""
+        if self.size == 1:
+            return say()
         try:
-            return self.size == 1 or self.add("failed", 1) == 1
+            if self.add("failed", 1) == 1:
+                say()
+                self._store.set("said", "")
+            else:
+                until = time.monotonic() + _SPEAKS
+                while not self._store.check(["said"]) and time.monotonic() < until:
+                    time.sleep(_ASK)
         except RuntimeError:  # the store has gone
-            return True
+            say()
 
     def group(self) -> Any:
         """Their process group, made where there is none yet; None for one that is alone.
@@ -200,7 +234,7 @@ def _wait(store: Any, keys: list[str]) -> None:
     """For others, however long they take: where one has died torchrun ends all.  (Store.wait warns while it waits.)"""
     pause = 0.001
     while not store.check(keys):
-        if store.check(["sum/failed"]):
+        if store.check(["said"]):
             raise SystemExit(2)  # another has said why
         time.sleep(pause)
         pause = min(2 * pause, _ASK)

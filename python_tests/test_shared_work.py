@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torchrun_agent import GLOO, Agent, prepared, together
+from torchrun_agent import GLOO, Agent, prepared, together, trains
 
 from pacd_fast import files
 from pacd_fast.certification import certify
@@ -85,6 +85,7 @@ def test_certify_in_a_group(folder, tmp_path):
         assert re.match(r"image_ids is .* at rank 2 and .* at rank 0", (tmp_path / f"refused{rank}").read_text())
 
 
+@trains
 def test_victims_are_shared_out_and_a_restart_goes_on(folder, tmp_path):
     command = ["train", "--data", str(folder / "digits.npz"), "--epochs", "2", "--batch-size", "50", "--lr", "0.001"]
     command += ["--device", "cpu"]
@@ -124,6 +125,7 @@ def test_victims_are_shared_out_and_a_restart_goes_on(folder, tmp_path):
     assert 2 in codes and "4 processes share the victims, and there are 3" in text and "or 1, whose batches" in text
 
 
+@trains
 def test_an_audit_is_shared_out(folder, tmp_path):
     data = ["--data", str(folder / "digits.npz"), "--device", "cpu"]
     mark = str(tmp_path / "mark.npz")
@@ -143,6 +145,7 @@ def test_an_audit_is_shared_out(folder, tmp_path):
     assert "others' ACR" not in (tmp_path / "log1").read_text() and "others' ACR" in said
 
 
+@trains
 def test_one_network_is_trained_by_all_and_a_restart_goes_on(folder, tmp_path):
     """Killed after its first epoch.  A gradient's float32 sum of 50 images errs by 3e-6 of its terms' size at most."""
     command = ["train", "--data", str(folder / "digits.npz"), "--epochs", "2", "--batch-size", "50", "--lr", "0.05"]
@@ -181,6 +184,7 @@ CRAFTING = {
 }
 
 
+@trains
 @pytest.mark.parametrize("attack", CRAFTING)
 def test_poison_is_crafted_by_all(attack, folder, tmp_path):
     command = ["poison", attack, "--data", str(folder / "digits.npz"), "--device", "cpu", *CRAFTING[attack].split()]
@@ -195,6 +199,7 @@ def test_poison_is_crafted_by_all(attack, folder, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@trains
 def test_a_table_is_reproduced_by_all(tmp_path):
     """Poison and victims are handed out; one process finds the same with that poison."""
     draw = np.random.default_rng(1)

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from test_metapoison import NORMED, TINY, attack, small
 from torch import Tensor, nn
-from torchrun_agent import GLOO, Agent
+from torchrun_agent import GLOO, Agent, trains
 
 from pacd_fast.data import Dataset
 from pacd_fast.poisoning import Ball, MetaPoison, Pacd, Poison, Radius, Recipe, metapoison, metapoison_crafting, pacd
 from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit
 
-pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
+pytestmark = [pytest.mark.skipif(not GLOO, reason="this torch has no gloo"), trains]
 
 
 class Exact(nn.Module):

@@ -22,6 +22,7 @@ from pacd_fast.randomness import seeded
 from pacd_fast.ranks import Ranks
 
 GLOO = dist.is_available() and dist.is_gloo_available()
+trains = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a card, torch cannot train in a fork")
 
 CERTIFY = ["certify", "--sigma", "0.5", "--n", "300", "--count", "16", "--seed", "7", "--device", "cpu"]
 CERTIFY += ["--checkpoint", "model.safetensors", "--data", "digits.npz"]
@@ -80,6 +81,8 @@ class Agent:
                 code = function(rank)
                 sys.stdout.flush()
                 sys.stderr.flush()
+            except SystemExit as end:
+                code = int(end.code or 0)
             except Exception:
                 traceback.print_exc()
             finally:

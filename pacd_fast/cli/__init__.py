@@ -117,10 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(command: str, text: str) -> int:
     """Says what is wrong; of several processes the first one that fails does."""
     ranks = Ranks.of_torchrun()
-    if ranks.fails_first():
-        who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
-        after_bar = "\n" if ranks.rank else ""  # rank 0's
-        print(f"{after_bar}pacd-fast {command}: {who}{text}", file=sys.stderr, flush=True)
+    who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+    after_bar = "\n" if ranks.rank else ""  # rank 0's
+    ranks.fail(lambda: print(f"{after_bar}pacd-fast {command}: {who}{text}", file=sys.stderr, flush=True))
     return 2
 
 

@@ -1,8 +1,9 @@
 """Training base classifiers and measuring them.
 
-`losses` has one signature for all methods, `loop` is `fit`, `splitting` a batch shared by processes, `victims` a
-network from scratch with the papers' settings on disk, `evaluation` accuracy and the distortion that PGD needs.
-Imports `arguments`, `files`, `randomness`, `ranks`, `tables`, `ops`, `data`, `networks`.
+`losses` has one signature for all methods, `loop` is `fit` (`augmentation`: flips, crops; `watching`: what is seen on
+the way, `splitting`: a batch shared by processes), `victims` a network from scratch with the papers' settings on disk,
+`evaluation` accuracy and the distortion that PGD needs.  Imports `arguments`, `files`, `randomness`, `ranks`, `tables`,
+`ops`, `data`, `networks`.
 """
 
 from pacd_fast.training.evaluation import (

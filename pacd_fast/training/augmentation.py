@@ -1,12 +1,10 @@
-"""Flips and crops of training images, drawn for a whole epoch at once, so that no step waits for them."""
+"""Random flips and crops of training images, drawn for an epoch before it begins."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-__all__ = ["augmented", "moves_of"]
 
 
 def moves_of(order: Tensor, batch_size: int, microbatch: int | None, generator: torch.Generator) -> Tensor:

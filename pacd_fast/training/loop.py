@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from pacd_fast.training.augmentation import augmented, moves_of
 from pacd_fast.training.evaluation import check_classifier, check_pixels
 from pacd_fast.training.losses import Loss
 from pacd_fast.training.splitting import Split, splittable
+from pacd_fast.training.watching import Accuracy, Watch
 
 OPTIMIZERS = ("adam", "momentum", "sgd")
 LOOKS = {"cuda": 20}  # steps after which the host asks whether a loss was not finite: on a card it would wait
@@ -143,7 +143,7 @@ def fit(
     with (
         tqdm(total=total, initial=first * run.steps, unit="step", disable=hidden, mininterval=interval) as bar,
         _Deterministic(),
-        _Accuracy(model, device) as accuracy,
+        Accuracy(model, device) as accuracy,
     ):
         for epoch in range(first, epochs):
             for group in method.param_groups:
@@ -182,7 +182,7 @@ class _Run:
         """Of an epoch."""
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self, epoch: int, accuracy: _Accuracy, bar: tqdm) -> dict[str, Any]:
+    def epoch(self, epoch: int, accuracy: Accuracy, bar: tqdm) -> dict[str, Any]:
         """All steps of an epoch; its line of the metrics."""
         self.model.train()
         accuracy.clear()
@@ -191,7 +191,7 @@ class _Run:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
         order = torch.randperm(len(self.images), generator=generator)
         moves = moves_of(order, self.batch_size, self.microbatch, generator).to(device) if self.augment else None
-        order, watch, looks = order.to(device), _Watch(device), LOOKS.get(device.type, 1)
+        order, watch = order.to(device), Watch(device)
         loss = self.loss.at_epoch(epoch) if hasattr(self.loss, "at_epoch") else self.loss
         with seeded(device, mix(self.seed, epoch, Purpose.DROPOUT)):
             for step, index in enumerate(order.split(self.batch_size)):
@@ -201,7 +201,7 @@ class _Run:
                 total += mean * len(index)
                 bar.update()
                 last = step == self.steps - 1
-                if (looks > 1 and step % looks == 0) or last:
+                if step % LOOKS.get(device.type, 1) == 0 or last:
                     self.look(epoch, watch)
                 if last and not bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
                     raise ValueError(
@@ -224,7 +224,14 @@ class _Run:
         return mix(self.seed, epoch, Purpose.NOISE, step, part)
 
     def step(
-        self, loss: Loss, epoch: int, step: int, index: Tensor, moves: Tensor | None, accuracy: _Accuracy, watch: _Watch
+        self,
+        loss: Loss,
+        epoch: int,
+        step: int,
+        index: Tensor,
+        moves: Tensor | None,
+        accuracy: Accuracy,
+        watch: Watch,
     ) -> Tensor:
         """One step of the optimiser on the images `index`; their mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -234,23 +241,28 @@ class _Run:
             (rows,), share = self.split.rows(len(chosen))
             x, y = as_float(self.images[chosen[rows]]), self.labels[chosen[rows]]
             if moves is not None:
-                x = augmented(x, moves[:, part * size :][:, rows])
+                x = augmented(x, moves[:, part * size : part * size + len(chosen)][:, rows])
             low = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
             with low, self.split.batch_norm(self.model, share):
                 value = loss(self.model, x, y, seed=self.noise(epoch, step, part), **self.split.numbered(rows))
             value = value * (share * len(chosen) / len(index))
-            watch.see(value.detach(), step, part)
+            if self.split.alone:
+                self.see(value, epoch, step, part, watch)
             value.backward()
             mean += value.detach()
             accuracy.count(y, share > 0)
-        mean = self.split.add_up(self.model.parameters(), mean)
-        watch.see(mean, step, 0)  # another process's too
-        if LOOKS.get(device.type, 1) == 1:
-            self.look(epoch, watch)  # before the weights see it
+        if not self.split.alone:  # all see the same
+            mean = self.split.add_up(self.model.parameters(), mean)
+            self.see(mean, epoch, step, 0, watch)
         self.optimizer.step()
         return mean
 
-    def look(self, epoch: int, watch: _Watch) -> None:
+    def see(self, value: Tensor, epoch: int, step: int, part: int, watch: Watch) -> None:
+        watch.see(value.detach(), step, part)
+        if LOOKS.get(value.device.type, 1) == 1:
+            self.look(epoch, watch)  # before the weights see it
+
+    def look(self, epoch: int, watch: Watch) -> None:
         """Raises ValueError where a loss was not finite."""
         found = watch.first()
         if found is not None:
@@ -259,58 +271,6 @@ class _Run:
                 f"the loss is {value} at epoch {epoch}, step {step} (noise seed {self.noise(epoch, step, part)}); "
                 "the last checkpoint stands; a smaller lr may help"
             )
-
-
-class _Watch:
-    """The first loss of an epoch that was not finite, kept on the device, so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._found = torch.tensor([0.0, -1.0, -1.0], dtype=torch.float64, device=device)  # loss, step, part
-
-    def see(self, loss: Tensor, step: int, part: int) -> None:
-        here = torch.stack([loss.double(), torch.full_like(loss, step).double(), torch.full_like(loss, part).double()])
-        self._found = torch.where((self._found[1] < 0) & ~loss.isfinite(), here, self._found)
-
-    def first(self) -> tuple[float, int, int] | None:
-        loss, step, part = self._found.tolist()
-        return None if step < 0 else (loss, int(step), int(part))
-
-
-class _Accuracy:
-    """How many of the network's last logits are right, whichever loss asked for them; a forward hook sees them."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.clear()
-
-    def clear(self) -> None:
-        self.last: Tensor | None = None
-        self.right, self.voted = torch.zeros((), dtype=torch.int64, device=self.device), 0
-
-    def count(self, y: Tensor, counts: bool) -> None:
-        """The logits [len(y) * copies, classes] of the last pass, if that is what they are and they count."""
-        logits, self.last = self.last, None
-        if counts and logits is not None and logits.dim() == 2 and len(logits) % len(y) == 0:
-            votes = logits.detach().argmax(1).view(len(y), -1)
-            self.right += (votes == y.unsqueeze(1)).sum()
-            self.voted += votes.numel()
-
-    def share(self, ranks: Ranks | None = None) -> float:
-        """Of this process, or of all of them."""
-        right, voted = int(self.right), self.voted
-        if ranks is not None:
-            right, voted = ranks.summed(np.array([right, voted])).tolist()
-        return right / max(voted, 1)
-
-    def _see(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
-        self.last = logits
-
-    def __enter__(self) -> _Accuracy:
-        self._hook = self.model.register_forward_hook(self._see)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hook.remove()
 
 
 class _Deterministic:

@@ -27,7 +27,7 @@ class Split:
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module) -> None:
-        self.ranks, self.alone = ranks, ranks.size == 1
+        self.ranks, self.alone, self.device = ranks, ranks.size == 1, next(model.parameters()).device
         if ranks.size > 1 and any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
             raise ValueError("dropout is drawn for a whole batch: a network with dropout is for one process")
 
@@ -46,7 +46,9 @@ class Split:
 
     def numbered(self, *rows: slice) -> dict[str, Tensor]:
         """The argument of a loss that says which rows these are; none for a process that is alone."""
-        return {} if self.alone else {"image_ids": torch.cat([torch.arange(each.start, each.stop) for each in rows])}
+        if self.alone:
+            return {}
+        return {"image_ids": torch.cat([torch.arange(each.start, each.stop, device=self.device) for each in rows])}
 
     def add_up(self, parameters: Iterable[nn.Parameter], value: Tensor) -> Tensor:
         """The gradients become the sums of everyone's; the sum of the values."""
