@@ -113,7 +113,7 @@ def peek(path: PathLike) -> Run | None:
 def read_results(paths: PathLike | Sequence[PathLike], *, progress: bool = False) -> Results:
     """Read one results file, or several that are shards of one certification; ours and locuslab's.
 
-    A torn last line of ours is left out: the file may be growing while it is read.  progress: a bar where it takes long.
+    A torn last line of ours is left out: the file may be growing while it is read.  progress: a bar if it takes long.
     Raises FileNotFoundError for a missing file, and ValueError (with file and line) for an unknown header, a malformed
     row, files of different runs, an image that occurs twice, or no rows at all.
     """
