@@ -36,6 +36,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "mutants"
 TREE = WORK / "tree"
+SOUND = WORK / "sound"  # the extension modules as they are built without a defect
+PLANTED = WORK / "planted"  # which compiled source had the last defect
 NO_TEST = 5  # pytest's exit code where a selection is empty: nothing sees anything
 LOADED = ("torch", "torch.func", "torch._dynamo", "numpy", "scipy.stats", "scipy.special", "mpmath", "pytest", "tqdm",
           "safetensors.torch", "hypothesis", "sklearn.linear_model", "matplotlib.figure")  # fmt: skip
@@ -164,13 +166,14 @@ def copy_tree() -> None:
         shutil.copytree(ROOT / name, TREE / name, ignore=shutil.ignore_patterns("__pycache__", "figures"))
     for name in ("pyproject.toml", "README.md", "Makefile", "CMakeLists.txt"):
         shutil.copy(ROOT / name, TREE / name)
+    if PLANTED.exists():  # what was built last has the defect in, and the copy is as old as its original
+        (TREE / PLANTED.read_text(encoding="utf-8")).touch()
     cmake = TREE / "CMakeLists.txt"  # the same bits in a third of the time: contraction is off, fma is written out
     cmake.write_text(cmake.read_text(encoding="utf-8").replace("PACD_CXX_FLAGS -O3", "PACD_CXX_FLAGS -O1"))
     spec = importlib.util.find_spec("pacd_fast")  # found, not imported: a process loads one library of operators
     assert spec is not None and spec.submodule_search_locations is not None
     for folder in spec.submodule_search_locations:
-        for path in Path(folder).glob("*.so"):
-            shutil.copy(path, TREE / "pacd_fast" / path.name)
+        copy_modules(Path(folder), TREE / "pacd_fast")
 
 
 def build() -> None:
@@ -185,8 +188,13 @@ def build() -> None:
         configure += [f"-Dpybind11_DIR={pybind.stdout.decode().strip()}", f"-DPython_EXECUTABLE={sys.executable}"]
         subprocess.run([*configure, "-DSKBUILD_PROJECT_VERSION=0.1.0"], env=environment, **quiet)  # type: ignore[call-overload]
     subprocess.run(["ninja", "-C", str(folder)], env=environment, **quiet)  # type: ignore[call-overload]
-    for path in folder.glob("*.so"):
-        shutil.copy(path, TREE / "pacd_fast" / path.name)
+    copy_modules(folder, TREE / "pacd_fast")
+
+
+def copy_modules(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in source.glob("*.so"):
+        shutil.copy(path, target / path.name)
 
 
 def run_tests(tests: str, log: Path, limit: float = 600.0) -> tuple[str, float]:
@@ -244,11 +252,15 @@ def planted(mutant: Mutant) -> Iterator[None]:
     """The defect in the copy for a while."""
     target = TREE / mutant.file
     before = target.read_text(encoding="utf-8")
+    if mutant.compiled:
+        PLANTED.write_text(mutant.file, encoding="utf-8")
     target.write_text(mutant.text(), encoding="utf-8")
     try:
         yield
     finally:
         target.write_text(before, encoding="utf-8")
+        if mutant.compiled:
+            copy_modules(SOUND, TREE / "pacd_fast")
 
 
 def outcome(mutant: Mutant, found: dict[str, Any]) -> dict[str, Any]:
@@ -363,6 +375,7 @@ def search(wanted: list[tuple[str, Mutant]], found: dict[str, Any], state: Path,
         importlib.import_module(name)
     if any(each.compiled for _, each in wanted):
         build()  # so that what has no defect is built in the same way
+        copy_modules(TREE / "pacd_fast", SOUND)
     for number, (key, each) in enumerate(wanted, 1):
         if time.monotonic() - started > seconds:
             return

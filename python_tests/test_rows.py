@@ -28,6 +28,22 @@ def test_bounds_may_be_0_and_1_and_nothing_beyond():
             check_row(row(0, 3, -1, 0.0, lower, 100_000), RUN)
 
 
+def test_counts_of_samples_at_both_ends():
+    run = dataclasses.replace(RUN, n=10)
+    for samples, count, voids in ((1, 0, 0), (1, 0, 1), (10, 0, 10), (10, 0, 0)):
+        check_row(row(0, 3, -1, 0.0, 0.0, count, samples=samples, voids=voids), run)
+    for samples, count, voids, message in (
+        (0, 0, 0, "samples 0 is not in 1..10"),
+        (11, 0, 0, "samples 11 is not in 1..10"),
+        (10, 11, 0, "count 11 is not in 0..10"),
+        (10, -1, 0, "count -1 is not in 0..10"),
+        (5, 0, 6, "voids 6 is not in 0..5"),
+        (5, 0, -1, "voids -1 is not in 0..5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_row(row(0, 3, -1, 0.0, 0.0, count, samples=samples, voids=voids), run)
+
+
 def test_a_row_of_one_side_says_nothing_of_the_rival():
     assert Row(0, 3, 3, 0.1, 0.9, 95_000, 1.0, 100_000).rival_upper == 1.0
 
@@ -44,9 +60,12 @@ def test_honest_bounds_of_any_level_are_taken(alpha):
             check_row(row(0, 3, -1, 0.0, 0.7 + 2e-9, 700, samples=1000), run)
 
 
-def test_there_are_no_classes_from_two_to_the_24th():
+def test_classes_are_below_two_to_the_24th_and_counts_below_the_31st():
     with pytest.raises(ValueError, match="rising classes"):
         dense(f"{2**24}:1")
+    with pytest.raises(ValueError, match="rising classes"):
+        dense(f"1:{2**31}")
+    assert dense(f"1:{2**31 - 1}").tolist() == [0, 2**31 - 1]
     with pytest.raises(ValueError, match="for more than 10 classes"):
         dense(f"{2**24 - 1}:1", 10)
 
