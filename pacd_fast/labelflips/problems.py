@@ -164,8 +164,11 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
         if arrays[i].dtype.kind not in "biuf" or arrays[i].ndim != 2 or not np.isfinite(arrays[i]).all():
             raise ValueError(f"{path}: {keys[i]} must be finite numbers [points, features]")
     for i in (1, 3):
-        labels = arrays[i]
-        whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)))
+        labels, whole = arrays[i], arrays[i].dtype.kind in "iub"
+        if labels.dtype.kind == "f":
+            with np.errstate(over="ignore"):  # of a longdouble
+                labels = labels.astype(np.float64)  # float16 ends at 65504
+            whole = np.array_equal(labels, np.round(labels))
         if not whole or labels.ndim != 1 or (labels < 0).any() or (labels >= 2**31).any():
             raise ValueError(f"{path}: {keys[i]} must be whole numbers, 0 and up, one per point")
         arrays[i] = labels.astype(np.int64)
