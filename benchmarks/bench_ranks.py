@@ -124,8 +124,8 @@ def hand_outs(store: dist.TCPStore, rounds: int) -> None:
             {
                 "ranks that ask": size,
                 "hand-outs a second": round(HANDOUTS / took),
-                f"ranks at 1 %, mnist-cnn, {mnist:.1f} s an image": round(mnist * HANDOUTS / took - 100, -2),
-                "ranks at 1 %, 5 ms a sample, 500 s an image": round(500 * HANDOUTS / took - 100, -2),
+                f"ranks at 1 %, mnist-cnn, {mnist:.1f} s an image": int(round(mnist * HANDOUTS / took - 100, -2)),
+                "ranks at 1 %, 5 ms a sample, 500 s an image": int(round(500 * HANDOUTS / took - 100, -2)),
             }
         )
     record("hand-outs", rows)
