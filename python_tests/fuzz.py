@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -25,12 +26,14 @@ import time
 import traceback
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pacd_fast.cli import main
+from pacd_fast import cli
 
 MEMORY, SECONDS = 2**30, 10
 NETWORK = """from torch import nn
@@ -75,7 +78,7 @@ def make(folder: Path) -> None:
         "labelflip --data features.npz --q 0.1 --out flips.tsv",
         "poison random --data data.npz --target-class 1 --epsilon 0.1 --out poison.npz",
     ):
-        assert main([*command.split(), "--device", "cpu"]) == 0, command
+        assert cli.main([*command.split(), "--device", "cpu"]) == 0, command
     measured = {key: [0.1, 0.2] for key in ("acr", "aca", "accuracy", "others_acr", "others_aca", "distortion")}
     audit = {
         "audit": {"sigma": 0.5},
@@ -104,6 +107,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@cache
 def bomb(count: int) -> bytes:
     """A zip whose x_test.npy unpacks to count MiB of zeros."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -271,7 +275,7 @@ def child(folder: Path, words: list[str], most: int | None, said: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most,) * 2)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS,) * 2)
         signal.alarm(12 * SECONDS)  # other processes may hold the cores
-        status = main(words)
+        status = cli.main(words)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 98
     except BaseException:
@@ -328,11 +332,12 @@ def trial(work: Path, good: Path, number: int, seed: int) -> str | None:
     return problem and f"input {number} of seed {seed}: {' '.join(words)}: {problem}\n{said[-1500:]}"
 
 
-def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> tuple[int, list[str]]:
-    """How many inputs there was time for, and what was wrong with which."""
-    problems, done = [], 0
+def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> Iterator[str | None]:
+    """What was wrong with each input, None where nothing was; as many as there is time for."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
+    cli.parser = cache(cli.parser)
+    in_memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as name:
         work = Path(name).resolve()
         good = work / "good"
         good.mkdir()
@@ -342,6 +347,7 @@ def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> tuple[int, l
             make(good)
         os.chdir(before)
         shutil.rmtree(good / "__pycache__", ignore_errors=True)
+        gc.freeze()  # else every child copies what it looks through for garbage
         for name, commands in COMMANDS.items():  # what is good is taken, else nothing that follows means anything
             words = commands[-1].replace("{}", name).split()
             code, said = ended(fresh(work, good), words, None)
@@ -350,10 +356,8 @@ def fuzz(inputs: int, seconds: float, seed: int, first: int = 0) -> tuple[int, l
         for number in range(first, first + inputs):
             if time.monotonic() > end:
                 break
-            if found := trial(work, good, number, seed):
-                problems.append(found)
-            done += 1
-    return done, problems
+            yield trial(work, good, number, seed)
+        gc.unfreeze()
 
 
 if __name__ == "__main__":
@@ -362,8 +366,14 @@ if __name__ == "__main__":
         flags.add_argument(f"--{flag}", type=int, default=default)
     flags.add_argument("--seconds", type=float, default=float("inf"))
     asked = flags.parse_args()
-    count, wrong = fuzz(asked.inputs, asked.seconds, asked.seed, asked.first)
-    print("\n\n".join(wrong))
+    count, wrong = 0, []
+    for problem in fuzz(asked.inputs, asked.seconds, asked.seed, asked.first):
+        count += 1
+        if problem:
+            wrong.append(problem)
+            print(problem, end="\n\n", flush=True)
+        if count % 500 == 0:  # where to go on
+            print(f"--first {asked.first + count}: {len(wrong)} problems so far", flush=True)
     kinds = Counter(text.partition("\n")[0].split(": ", 2)[-1][:60] for text in wrong)
     print(f"{count} inputs, {len(wrong)} problems", *(f"{n} x {kind}" for kind, n in kinds.most_common()), sep="\n")
     sys.exit(bool(wrong))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torchrun_agent import GLOO, Agent
 
 from pacd_fast.bilevel import Composite, WarmStart, hypergradient, implicit
 
@@ -50,42 +47,21 @@ def part(group, rank: int = 0, ranks: int = 1) -> dict[str, object]:
     return result
 
 
-GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-
-
 @pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
 def test_two_ranks_find_what_one_process_finds(tmp_path):
-    alone = part(None)
-    command, threads = [sys.executable, __file__, str(tmp_path)], torch.get_num_threads()
-    torch.set_num_threads(1)
-    other = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        first = rank_of_two(tmp_path, 0)
-    finally:
-        torch.set_num_threads(threads)
-        said = other.communicate(timeout=120)[1]
-    assert other.returncode == 0, said
-    ranks = [first, torch.load(tmp_path / "1.pt")]
+    def function(rank: int) -> int:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        torch.save(part(torch.distributed.group.WORLD, rank, 2), tmp_path / f"{rank}.pt")
+        torch.distributed.destroy_process_group()
+        return 0
+
+    alone, agent = part(None), Agent(tmp_path, 2)
+    agent.start(function)
+    assert agent.ended() == [0, 0], agent.said()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, expected in alone.items():
         for first, second, whole in zip(ranks[0][name], ranks[1][name], expected, strict=True):
             assert torch.equal(first, second), name  # bit for bit: no rank may stop before another
             torch.testing.assert_close(first, whole, rtol=1e-9, atol=1e-12, msg=name)
     half = part(None, 0, 2)  # and the data matters
     assert not torch.allclose(half["hessian"][0], alone["hessian"][0], rtol=0.01)
-
-
-def rank_of_two(folder: Path, rank: int) -> dict[str, object]:
-    """`part` by one of two processes, which meet at a file of the folder; none waits longer than a minute."""
-    minute = datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=minute
-    )
-    try:
-        return part(torch.distributed.group.WORLD, rank, 2)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.save(rank_of_two(Path(sys.argv[1]), 1), Path(sys.argv[1]) / "1.pt")

@@ -5,7 +5,7 @@ import pytest
 from flip_problems import all_labels, base_classifier, problem, smoothed
 
 from pacd_fast import _C, LabelFlipCertifier
-from pacd_fast.labelflips.attacks import LogisticAttack, attack_logistic, attack_ridge, attack_smoothed, harmful_flips
+from pacd_fast.labelflips import LogisticAttack, attack_logistic, attack_ridge, attack_smoothed, harmful_flips, logistic
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -109,11 +109,12 @@ def test_logistic_attack_needs_the_least_number_of_top_flips(n, k):
     X, y, test, _ = problem(8, n=n, k=k, m=12)
     attack = LogisticAttack(X, y)
     clean = retrained(X, y)
-    checked = 0
-    for point in test:
+    checked, found = 0, dict(attack.flips(test))
+    assert sorted(found) == list(range(len(test)))
+    for index, point in enumerate(test):
         side = bool(np.append(point, 1.0) @ clean >= 0)
         assert attack.predict(point) == side
-        flips, order = attack.flips(point), influence_order(X, y, point, side)
+        flips, order = found[index], influence_order(X, y, point, side)
         for count, expected in ((flips, True), (flips - 1, False)):
             changed = y.copy()
             changed[order[:count]] = 1 - changed[order[:count]]
@@ -121,6 +122,18 @@ def test_logistic_attack_needs_the_least_number_of_top_flips(n, k):
             assert (bool(vote >= 0) != side) == expected
             checked += flips > 1
     assert checked >= 6 and attack.weight.shape == (k + 1,)
+
+
+def test_points_attacked_together_or_alone_need_the_same(monkeypatch):
+    """More points than are attacked at a time, of many lengths: a row that is done goes on with the next point."""
+    X, y, test, _ = problem(9, n=120, k=30, m=12)
+    attack = LogisticAttack(X, y)
+    alone = [next(attack.flips(point[None]))[1] for point in test]
+    assert len(set(alone)) > 3
+    for rows in (12, 5):
+        monkeypatch.setattr(logistic, "_TOGETHER", rows)
+        assert dict(attack.flips(test)) == dict(enumerate(alone))
+    assert dict(attack.flips(test[:0])) == {} and dict(attack.flips(test, 0)) == dict.fromkeys(range(12), -1)
 
 
 def test_logistic_attack_within_a_limit():

@@ -1,5 +1,6 @@
 """The file of label-flip certificates: resumed, refused, checked row by row against itself."""
 
+import itertools
 import time
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_every_point_is_written_as_it_is_done_and_done_once(whole, tmp_path, mon
         return call
 
     monkeypatch.setattr(problems, "attack_smoothed", count(attacked, attack_smoothed))
-    monkeypatch.setattr(problems.LogisticAttack, "flips", count(attacked, logistic))
+    monkeypatch.setattr(problems.LogisticAttack, "flips", lambda *args: map(count(attacked, tuple), logistic(*args)))
     monkeypatch.setattr(problems.LabelFlipCertifier, "certify_all", count(certified, certify_all))
     for kept in (0, 1, 30, 200, len(lines) - 12, len(lines) - 5, len(lines) - 1, len(lines)):
         for torn in ("", "17\t1"):
@@ -111,14 +112,19 @@ def test_attacks_are_in_the_file_one_by_one(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         certify_data(data(), tmp_path / "a.tsv", (0.1, 0.3), ("exact",), attack=5)
     found = {(curve.certificate, curve.q): len(curve.flips) for curve in curves.read_flips([tmp_path / "a.tsv"])}
-    # two of the first point, its logistic regression, then one of the second
-    assert found == {
-        ("exact", 0.1): 30,
-        ("exact", 0.3): 30,
-        ("attacked", 0.1): 2,
-        ("attacked", 0.3): 1,
-        ("undefended", 0): 1,
-    }
+    assert found == {("exact", 0.1): 30, ("exact", 0.3): 30, ("attacked", 0.1): 2, ("attacked", 0.3): 1}
+    flips = problems.LogisticAttack.flips
+
+    def two(*args):
+        yield from itertools.islice(flips(*args), 2)
+        raise Stop
+
+    monkeypatch.setattr(problems.LogisticAttack, "flips", two)
+    monkeypatch.setattr(problems, "attack_smoothed", lambda *args: None)
+    with pytest.raises(Stop):
+        certify_data(data(), tmp_path / "a.tsv", (0.1, 0.3), ("exact",), attack=5)
+    found = {(curve.certificate, curve.q): len(curve.flips) for curve in curves.read_flips([tmp_path / "a.tsv"])}
+    assert found["attacked", 0.1] == found["attacked", 0.3] == 5 and found["undefended", 0] == 2
 
 
 def test_a_killed_command_goes_on(tmp_path):

@@ -110,15 +110,15 @@ def peek(path: PathLike) -> Run | None:
     return parse(Path(path), ours=True)[0].run if Path(path).exists() else None
 
 
-def read_results(paths: PathLike | Sequence[PathLike]) -> Results:
+def read_results(paths: PathLike | Sequence[PathLike], *, progress: bool = False) -> Results:
     """Read one results file, or several that are shards of one certification; ours and locuslab's.
 
-    A torn last line of ours is left out: the file may be growing while it is read.
+    A torn last line of ours is left out: the file may be growing while it is read.  progress: a bar if it takes long.
     Raises FileNotFoundError for a missing file, and ValueError (with file and line) for an unknown header, a malformed
     row, files of different runs, an image that occurs twice, or no rows at all.
     """
     files = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    parts = [(path, part) for path in files if len(part := parse(path)[0])]
+    parts = [(path, part) for path in files if len(part := parse(path, progress=progress)[0])]
     if not parts:
         raise ValueError(f"{' '.join(map(str, files)) or 'no file'}: no certified image in it yet")
     first_path, first = parts[0]
@@ -137,7 +137,7 @@ def read_results(paths: PathLike | Sequence[PathLike]) -> Results:
     return joined([part for _, part in parts])
 
 
-def parse(path: Path, *, ours: bool = False) -> tuple[Results, int]:
+def parse(path: Path, *, ours: bool = False, progress: bool = False) -> tuple[Results, int]:
     """The rows of a file (their run is None without rows, or in locuslab's format), and the bytes of its whole lines.
 
     ours: refuse locuslab's format, and take an empty file or a torn header for a new file.
@@ -165,7 +165,7 @@ def parse(path: Path, *, ours: bool = False) -> tuple[Results, int]:
     # After the last line break comes nothing, or a torn line. In locuslab's files (edited by hand, maybe) it counts.
     if version or not lines[-1]:
         lines.pop()
-    found = read_rows(str(path), lines[1:], version)
+    found = read_rows(str(path), lines[1:], version, progress)
     if len(set(found.idx.tolist())) < len(found):
         seen: set[int] = set()
         for number, idx in enumerate(found.idx.tolist(), start=2):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
+from tqdm import tqdm
 
 from pacd_fast.certification.vote import Certificate
 from pacd_fast.files import AnotherRun
@@ -219,14 +220,15 @@ def joined(parts: Sequence[Results]) -> Results:
     return Results(**arrays, run=parts[0].run)
 
 
-def read_rows(where: str, lines: Sequence[str], version: int) -> Results:
+def read_rows(where: str, lines: Sequence[str], version: int, progress: bool = False) -> Results:
     """The rows of lines that follow the header.  Raises ValueError, with the line's number, for what is wrong."""
     first, run_columns, last = FORMATS[version]
     count = len(first) + len(run_columns) + len(last)
     run, text = None, "\t"
-    heads: list[list[str]] = []
-    tails: list[list[str]] = []
-    for number, line in enumerate(lines, start=2):
+    heads: list[str] = []  # texts, because lists of a million rows keep the garbage collector busy
+    tails: list[str] = []
+    bar = tqdm(lines, desc=where, unit="row", disable=not progress, delay=1, leave=False)
+    for number, line in enumerate(bar, start=2):
         line = line.rstrip("\r")
         head, found, tail = line.partition(text)
         if run is None or not found or head.count("\t") + 1 != len(first) or tail.count("\t") + 1 != len(last):
@@ -240,14 +242,14 @@ def read_rows(where: str, lines: Sequence[str], version: int) -> Results:
                     check_same_run(f"{where}, line {number}", this, run, "the rows above it are of one run")
                 else:
                     run, text = this, "\t".join(["", *here, ""])
-            heads.append(fields[: len(first)])
-            tails.append(fields[count - len(last) :])
-        else:
-            heads.append(head.split("\t"))
-            tails.append(tail.split("\t"))
-    texts = dict(zip(first, zip(*heads, strict=True), strict=False))
-    texts |= dict(zip(last, zip(*tails, strict=True), strict=False))
-    results = _columns(where, {name: texts.get(name, ()) for name in (*first, *last)}, run)
+            head, tail = "\t".join(fields[: len(first)]), "\t".join(fields[count - len(last) :])
+        heads.append(head)
+        tails.append(tail)
+    texts: dict[str, Sequence[str]] = {}
+    for names, parts in ((first, heads), (last, tails)):
+        fields = "\t".join(parts).split("\t") if parts else []
+        texts |= {name: fields[i :: len(names)] for i, name in enumerate(names)}
+    results = _columns(where, texts, run)
     for bad, message in _wrong(results):
         if bad.any():
             row = int(bad.argmax())
@@ -301,7 +303,10 @@ def _array(name: str, column: Sequence[str]) -> NDArray[Any]:
     if name in ("selection", "votes"):
         return np.array([*column, None], dtype=object)[:-1]
     if name == "time":
-        return np.fromiter(map(_seconds, column), np.float64, len(column))
+        try:
+            return np.fromiter(map(float, column), np.float64, len(column))
+        except ValueError:
+            return np.fromiter(map(_seconds, column), np.float64, len(column))
     together = "".join(column)
     if not together.isascii() or "_" in together or " " in together:
         raise ValueError(f"{name} is {column[0]!r}, not a number as we write it")

@@ -7,7 +7,6 @@ import secrets
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -159,7 +158,7 @@ def certify(
         ValueError: for arguments out of range, an n at which nothing could be certified, a model that returns another
             number of classes or NaN, processes of a group that differ, naming rank and difference.
     """
-    ranks = Ranks() if group is None else Ranks.of_group(group)
+    ranks = Ranks.of_group(group)
     entropy = ranks.everyones(secrets.randbits(63))[0]
     seed = entropy if seed is None else seed
     images = pixels(images)
@@ -246,7 +245,7 @@ def certify_each(
         about = {"seed": seed, "noise": str(law), "image_ids": ids, "dtype": str(sampler.classifier.dtype), **engine}
         about["images"] = zlib.crc32(sampler.copies.images.cpu().numpy().tobytes())
         network = fingerprint(model) if isinstance(model, nn.Module) else "a function"
-        ranks.agree({"pacd_fast": version("pacd_fast"), "model": network, **dataclasses.asdict(question), **about})
+        ranks.agree({"model": network, **dataclasses.asdict(question), **about})
         share = SharedImages(ranks, len(ids))
     yield from certificates(sampler, question, progress, share)
 

@@ -73,7 +73,7 @@ def _without_rows(path: str) -> bool:
 
 
 def _read(files: Mapping[str, str]) -> dict[str, Results]:
-    return {name: read_results(path) for name, path in files.items()}
+    return {name: read_results(path, progress=True) for name, path in files.items()}
 
 
 def run_summary(options: argparse.Namespace) -> None:

@@ -36,7 +36,8 @@ def add_commands(add: Any) -> None:
     sub.add_argument("--seed", type=whole_number, default=0, help="of initial weights, order and noise")
     sub.add_argument(
         "--seeds", type=whole_number, default=1,
-        help="victims to train, seeds from --seed on; files are numbered; torchrun's processes share them",
+        help="victims to train, seeds from --seed on; files are numbered; torchrun's processes share them, or with 1 "
+        "its batches",
     )  # fmt: skip
     add_device(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the last epoch of an interrupted run")
@@ -49,8 +50,11 @@ def run(options: argparse.Namespace) -> None:
     seeds = range(options.seed, options.seed + options.seeds)
     outs = [options.out if len(seeds) == 1 else numbered(options.out, seed) for seed in seeds]
     ranks = Ranks.of_torchrun()
-    if ranks.size > len(seeds):
-        raise ValueError(f"{ranks.size} processes share the victims, and there are {len(seeds)}: give more --seeds")
+    if ranks.size > len(seeds) > 1:
+        raise ValueError(
+            f"{ranks.size} processes share the victims, and there are {len(seeds)}: give more --seeds, or 1, whose "
+            "batches they then share"
+        )
     resume = ranks.restarted() or options.resume
     with ExitStack() as held:  # all of them before any training; what --resume finds whole is looked at then
         for out in outs if ranks.rank == 0 else ():
@@ -67,14 +71,20 @@ def _train(options: argparse.Namespace, outs: Mapping[int, str | Path], resume: 
     right: dict[str, int] = {}
     tests = len(data.y_test)
     seeds = list(outs)
-    for seed in map(seeds.__getitem__, ranks.handed(len(seeds))):
+    handed, group = (
+        (seeds, ranks.group()) if len(seeds) == 1 else (map(seeds.__getitem__, ranks.handed(len(seeds))), None)
+    )
+    for seed in handed:
         out = outs[seed]
         metrics = options.metrics
         if metrics is not None and len(outs) > 1:
             metrics = numbered(metrics, seed)
         network = train(
-            out, data, settings, seed=seed, device=device, resume=resume, metrics=metrics, progress=ranks.rank == 0
-        )
+            out, data, settings, seed=seed, device=device, resume=resume, metrics=metrics, progress=ranks.rank == 0,
+            group=group,
+        )  # fmt: skip
+        if group is not None and ranks.rank:
+            continue
         right[str(out)] = int(correct(network, *data.split("test")).sum())
         if ranks.size == 1:
             print(f"{out}: accuracy without noise on {tests} test images {right[str(out)] / tests:.2%}")

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from pacd_fast.arguments import at_least
 from pacd_fast.data import as_float, load_dataset, open_npz
-from pacd_fast.labelflips.attacks import LogisticAttack, attack_smoothed
+from pacd_fast.labelflips.attacks import attack_smoothed
 from pacd_fast.labelflips.certifier import CERTIFICATES, LabelFlipCertifier
 from pacd_fast.labelflips.features import fast_ica, network_features, pca, random_convolutions, train_feature_network
+from pacd_fast.labelflips.logistic import LogisticAttack
 from pacd_fast.labelflips.patches import kmeans_patches
 from pacd_fast.labelflips.results import ATTACKED, UNDEFENDED, FlipFile, Row, Run
 from pacd_fast.labelflips.simclr import SimCLR, train_simclr
@@ -163,8 +164,11 @@ def _npz_features(path: str, features: str | None) -> FeatureData | None:
         if arrays[i].dtype.kind not in "biuf" or arrays[i].ndim != 2 or not np.isfinite(arrays[i]).all():
             raise ValueError(f"{path}: {keys[i]} must be finite numbers [points, features]")
     for i in (1, 3):
-        labels = arrays[i]
-        whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.round(labels)))
+        labels, whole = arrays[i], arrays[i].dtype.kind in "iub"
+        if labels.dtype.kind == "f":
+            with np.errstate(over="ignore"):  # of a longdouble
+                labels = labels.astype(np.float64)  # float16 ends at 65504
+            whole = np.array_equal(labels, np.round(labels))
         if not whole or labels.ndim != 1 or (labels < 0).any() or (labels >= 2**31).any():
             raise ValueError(f"{path}: {keys[i]} must be whole numbers, 0 and up, one per point")
         arrays[i] = labels.astype(np.int64)
@@ -322,21 +326,23 @@ def _attack(
     points: np.ndarray,
     progress: bool,
 ) -> None:
-    """The rows of attacks that are not in the file, one by one."""
-    n = len(y_train)
-    kinds: list[tuple[str, float, LabelFlipCertifier | None]] = [(ATTACKED, float(c.q), c) for c in certifiers]
-    if file.run.classes == 2:
-        kinds.append((UNDEFENDED, 0.0, None))
-    todo = [(i, *kind) for i in points.tolist() for kind in kinds if (kind[0], kind[1], i) not in file.done]
-    logistic = LogisticAttack(x_train, y_train) if any(kind == UNDEFENDED for _, kind, _, _ in todo) else None
-    for i, name, q, certifier in tqdm(todo, unit="attack", desc="attack", disable=not progress or not todo, delay=1):
-        x, label = x_test[i : i + 1], int(y_test[i])
-        if certifier is not None:
-            attacked = attack_smoothed(certifier.influences(x)[0], y_train, q, certifier.classes_)
-            flips = n if attacked is None else int((attacked != y_train.cpu().numpy()).sum()) - 1
-            predict, l2, conditional = int(certifier.predict(x)[0]), certifier.l2_, certifier.conditional_
-        else:
-            assert logistic is not None
-            needed = logistic.flips(x[0])
-            flips, predict, l2, conditional = n if needed < 0 else needed - 1, logistic.predict(x[0]), 0.0, False
-        file.append([Row(i, label, predict, flips, float("nan"), name, q, l2, conditional)])
+    """The rows of attacks that are not in the file, each as it is done."""
+    n, labels, done = len(y_train), y_train.cpu().numpy(), file.done
+    todo = [(i, c) for i in points.tolist() for c in certifiers if (ATTACKED, float(c.q), i) not in done]
+    plain = [i for i in points.tolist() if file.run.classes == 2 and (UNDEFENDED, 0.0, i) not in done]
+    bar = tqdm(total=len(todo) + len(plain), unit="attack", desc="attack", disable=not progress, delay=1)
+    for i, certifier in todo:
+        x, q = x_test[i : i + 1], float(certifier.q)
+        attacked = attack_smoothed(certifier.influences(x)[0], y_train, q, certifier.classes_)
+        flips = n if attacked is None else int((attacked != labels).sum()) - 1
+        predict, l2, conditional = int(certifier.predict(x)[0]), certifier.l2_, certifier.conditional_
+        file.append([Row(i, int(y_test[i]), predict, flips, float("nan"), ATTACKED, q, l2, conditional)])
+        bar.update()
+    if plain:
+        logistic = LogisticAttack(x_train, y_train)
+        for index, needed in logistic.flips(x_test[i] for i in plain):
+            i = plain[index]
+            predict, flips = logistic.predict(x_test[i]), n if needed < 0 else needed - 1
+            file.append([Row(i, int(y_test[i]), predict, flips, float("nan"), UNDEFENDED, 0.0, 0.0, False)])
+            bar.update()
+    bar.close()

@@ -94,8 +94,8 @@ def audit(
 
     Every victim, and every certified image, is kept in `work`: run again, an audit goes on where it stopped.
 
-    ranks: the processes that do it together, each of which calls this: victims are handed out to them, and rank 0 alone
-        gets the figures, the others nothing.
+    ranks: the processes that do it together, each of which calls this: victims are handed out to them, and all get the
+        figures, of which rank 0 makes those that no certificate holds.
 
     Raises ValueError for poison of other data, a name that is "clean", a `work` that the ranks do not share, and as
     training and certification do.
@@ -105,20 +105,23 @@ def audit(
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
     sets = {CLEAN: data, **{name: poison.apply(data) for name, poison in poisons.items()}}
-    if ranks is not None and ranks.size > 1:
+    ranks = Ranks() if ranks is None else ranks
+    if ranks.size > 1:
         tasks = [(name, *each) for name in sets for each in settings.victims(name, work).items()]
         made = []
         for name, seed, victim in map(tasks.__getitem__, ranks.handed(len(tasks))):
             _certified(seed, victim, sets[name], data, settings, device, progress and ranks.rank == 0)
             made.append(str(victim.absolute()))
         there = [path for each in ranks.to_first(made) for path in each]
-        if ranks.rank:
-            return {}
         if missing := [path for path in there if not Path(path).exists()]:
             raise ValueError(
                 f"{missing[0]} is not to be seen from rank 0: --work must be on a disk that all ranks share"
             )
-    return {name: _audited(name, images, data, settings, work, device, progress) for name, images in sets.items()}
+    found = {}
+    if ranks.rank == 0:
+        found = {name: _audited(name, images, data, settings, work, device, progress) for name, images in sets.items()}
+    figures = ranks.everyones({name: dataclasses.asdict(each) for name, each in found.items()})[0]
+    return {name: Audited(**each) for name, each in figures.items()}
 
 
 def _certified(
