@@ -147,3 +147,36 @@ def test_a_ball_needs_a_size_and_a_norm(epsilon):
         Ball(epsilon)
     with pytest.raises(ValueError, match="unknown norm 'l1'"):
         Ball(0.1, "l1")
+
+
+def test_a_ball_of_one_level_moves_8_bit_images_and_a_smaller_one_does_not():
+    Ball(1 / 255).check(small())
+    Ball(1e-4).check(small(torch.float32))
+    with pytest.raises(ValueError, match="below 1/255"):
+        Ball(np.nextafter(1 / 255, 0)).check(small())
+
+
+def test_what_a_poison_is_for_is_read_from_its_settings():
+    """Class 0 and image 0 too; and poison compares by what it is, not by its tensors."""
+    poison = made(small())
+    of_class = dataclasses.replace(poison, settings={"target_class": 0, "targets": [0, 5], "sigma": 0.5})
+    assert dataclasses.astuple(of_class.aim) == (0, (0, 5), 0.5)
+    with pytest.raises(ValueError, match="names no target images"):
+        of_class.targets_aim()
+    targeted = dataclasses.replace(poison, settings={"adversarial_class": 0, "target_index": [0]})
+    assert dataclasses.astuple(targeted.targets_aim()) == ((0,), 0)
+    for wrong in (-1, True, 1.0, "1"):
+        with pytest.raises(ValueError, match="not a class"):
+            _ = dataclasses.replace(poison, settings={"target_class": wrong}).aim
+    for wrong in ([], [-1], [1.0], "0", 0):
+        with pytest.raises(ValueError, match="not a list of test images"):
+            _ = dataclasses.replace(poison, settings={"adversarial_class": 0, "target_index": wrong}).aim
+    assert poison == poison and poison != made(small()) and len({poison, made(small())}) == 2
+
+
+def test_the_first_image_can_be_poisoned(tmp_path):
+    data = small()
+    u = as_float(data.x_train[:1]) + 0.2
+    Poison.craft("random", data, torch.tensor([0]), u, Ball(0.1), {"target_class": 0}).save(tmp_path / "p.npz")
+    changed = (Poison.load(tmp_path / "p.npz").apply(data).x_train != data.x_train).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [0]

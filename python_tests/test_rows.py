@@ -103,3 +103,11 @@ def test_a_file_is_free_when_it_is_closed_or_was_refused(tmp_path):
     with ResultsFile(path, RUN) as file:
         assert file.done == {0}
     assert refused.tb is not None and closed.done == {0}
+
+
+def test_the_rows_of_a_class_are_those_with_its_label(tmp_path):
+    results = read_results(write(tmp_path / "r.tsv", list(rows(30))))
+    for label in range(3):
+        assert results.of_class(label).idx.tolist() == results.idx[results.label == label].tolist() != []
+    with pytest.raises(ValueError, match="no image of class 7 among 30"):
+        results.of_class(7)

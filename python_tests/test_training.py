@@ -250,6 +250,7 @@ def test_augmentation_flips_and_crops():
         (lambda: fit(small_network(), (torch.rand(4, *SHAPE), torch.tensor([0, 1, 2, -1])), Standard()), "labels must"),
         (lambda: fit(small_network(), small_data(), Standard(), epochs=0), "epochs must be at least 1"),
         (lambda: fit(small_network(), small_data(), Standard(), microbatch=0), "microbatch must be at least 1"),
+        (lambda: fit(small_network(), small_data(), Standard(), weight_decay=-1.0), "weight_decay must be finite"),
         (lambda: fit(small_network(), small_data(), Standard(), dtype=torch.float16), "dtype must be"),
         (lambda: fit(small_network(), small_data(), Standard(), optimizer="rmsprop"), "unknown optimizer 'rmsprop'"),
         (lambda: fit(nn.Conv2d(1, 2, 3), small_data(), Standard()), "must return logits"),
@@ -274,3 +275,23 @@ def test_bad_input(make, message):
 
 def soft_radius(labels: Tensor, sigma: float = 1.0, squeeze: float = 0.0) -> Tensor:
     return ops.soft_radius(torch.rand(2, 2, 3), labels, beta=1.0, sigma=sigma, squeeze=squeeze)
+
+
+def test_every_image_of_every_step_is_moved_its_own_way(tmp_path):
+    """Images of one bright pixel in the middle show where they went; and the metrics count what is right."""
+    seen = []
+
+    def noted(model, x, y, *, seed):
+        seen.append(x.flatten(1).argmax(1))
+        return nn.functional.cross_entropy(model(x), y)
+
+    x, y = torch.zeros(40, 1, 9, 9), torch.zeros(40, dtype=torch.int64)
+    x[:, 0, 4, 4] = 1.0
+    network = nn.Sequential(nn.Flatten(), nn.Linear(81, 2))
+    with torch.no_grad():
+        network[1].bias[0] = 100.0
+    fit(network, (x, y), noted, epochs=1, batch_size=12, microbatch=5, augment=True, seed=1, metrics=tmp_path / "m")
+    parts = [5, 5, 2] * 3 + [4]
+    assert [len(each) for each in seen] == parts and len({tuple(each.tolist()) for each in seen}) == len(parts)
+    assert len(set(torch.cat(seen).tolist())) > 20
+    assert json.loads((tmp_path / "m").read_text())["accuracy"] == 1.0
