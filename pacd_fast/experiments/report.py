@@ -118,8 +118,9 @@ def _examples(name: str, results: Results, data: Dataset | None, count: int) -> 
 
     def said(row: int) -> str:
         label, predict = (names[i] if i < len(names) else str(i) for i in (results.label[row], results.predict[row]))
-        predict = "abstains" if results.predict[row] == ABSTAIN else f"as {predict}"
-        return f"{results.idx[row]}: {label} {predict}, radius {rounded(results.radius[row], 3)}"
+        abstained = results.predict[row] == ABSTAIN
+        what = "abstains" if abstained else f"as {predict}, radius {rounded(results.radius[row], 3)}"
+        return f"{results.idx[row]}: {label} {what}"
 
     for what, rows in groups.items():
         if len(rows):
@@ -210,7 +211,11 @@ def _poison(name: str, poison: Poison, data: Dataset | None, count: int) -> list
 
 def _settings(values: Mapping[str, Any]) -> str:
     """A line each; what is too long to read, a history say, is left out."""
-    return page.table([{"": name, "value": value} for name, value in values.items() if len(str(value)) <= 1000])
+    said = {
+        name: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return page.table([{"": name, "value": value} for name, value in said.items() if len(str(value)) <= 1000])
 
 
 def _runs(certified: Mapping[str, Results]) -> str:
