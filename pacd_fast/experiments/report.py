@@ -219,8 +219,10 @@ def _settings(values: Mapping[str, Any]) -> str:
 
 
 def _runs(certified: Mapping[str, Results]) -> str:
-    rows = []
+    """A row a setting, a column a file: sixteen settings are wider than a page."""
+    said: dict[str, dict[str, Any]] = {}
     for name, results in certified.items():
         run = {} if results.run is None else dataclasses.asdict(results.run)
-        rows.append({"": name, **run, "seconds": f"{float(results.time.sum()):.1f}"})
-    return page.table(rows)
+        for key, value in {**run, "seconds": f"{float(results.time.sum()):.1f}"}.items():
+            said.setdefault(key, {})[name] = value
+    return page.table([{"": key, **{name: row.get(name, "-") for name in certified}} for key, row in said.items()])
