@@ -36,8 +36,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "mutants"
 TREE = WORK / "tree"
+SOUND = WORK / "sound"  # the extension modules as they are built without a defect
+PLANTED = WORK / "planted"  # which compiled source had the last defect
 NO_TEST = 5  # pytest's exit code where a selection is empty: nothing sees anything
-LIMIT = 600  # seconds of the tests of one mutant
 LOADED = ("torch", "torch.func", "torch._dynamo", "numpy", "scipy.stats", "scipy.special", "mpmath", "pytest", "tqdm",
           "safetensors.torch", "hypothesis", "sklearn.linear_model", "matplotlib.figure")  # fmt: skip
 
@@ -60,9 +61,9 @@ class Mutant:
         return self.file.startswith("csrc/")
 
     @property
-    def folder(self) -> str:
-        parts = Path(self.file).parts
-        return "/".join(parts[:2])
+    def place(self) -> str:
+        """Its row in the table: the module for one that was generated, the folder for one of the list."""
+        return self.file if self.kind == "generated" else "/".join(Path(self.file).parts[:2])
 
     def text(self) -> str:
         """The file with the defect in.  Raises ValueError where the old text is not there exactly once."""
@@ -165,13 +166,14 @@ def copy_tree() -> None:
         shutil.copytree(ROOT / name, TREE / name, ignore=shutil.ignore_patterns("__pycache__", "figures"))
     for name in ("pyproject.toml", "README.md", "Makefile", "CMakeLists.txt"):
         shutil.copy(ROOT / name, TREE / name)
+    if PLANTED.exists():  # what was built last has the defect in, and the copy is as old as its original
+        (TREE / PLANTED.read_text(encoding="utf-8")).touch()
     cmake = TREE / "CMakeLists.txt"  # the same bits in a third of the time: contraction is off, fma is written out
     cmake.write_text(cmake.read_text(encoding="utf-8").replace("PACD_CXX_FLAGS -O3", "PACD_CXX_FLAGS -O1"))
     spec = importlib.util.find_spec("pacd_fast")  # found, not imported: a process loads one library of operators
     assert spec is not None and spec.submodule_search_locations is not None
     for folder in spec.submodule_search_locations:
-        for path in Path(folder).glob("*.so"):
-            shutil.copy(path, TREE / "pacd_fast" / path.name)
+        copy_modules(Path(folder), TREE / "pacd_fast")
 
 
 def build() -> None:
@@ -186,12 +188,17 @@ def build() -> None:
         configure += [f"-Dpybind11_DIR={pybind.stdout.decode().strip()}", f"-DPython_EXECUTABLE={sys.executable}"]
         subprocess.run([*configure, "-DSKBUILD_PROJECT_VERSION=0.1.0"], env=environment, **quiet)  # type: ignore[call-overload]
     subprocess.run(["ninja", "-C", str(folder)], env=environment, **quiet)  # type: ignore[call-overload]
-    for path in folder.glob("*.so"):
-        shutil.copy(path, TREE / "pacd_fast" / path.name)
+    copy_modules(folder, TREE / "pacd_fast")
 
 
-def run_tests(tests: str, log: Path) -> tuple[str, float]:
-    """("passed", "failed" or "hung"), and seconds; in a forked process that imports the copy's package."""
+def copy_modules(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for path in source.glob("*.so"):
+        shutil.copy(path, target / path.name)
+
+
+def run_tests(tests: str, log: Path, limit: float = 600.0) -> tuple[str, float]:
+    """("passed", "failed" or "hung" for `limit` seconds), and seconds; in a fork that imports the copy's package."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -215,7 +222,7 @@ def run_tests(tests: str, log: Path) -> tuple[str, float]:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - started > LIMIT:
+        if time.monotonic() - started > limit:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -245,11 +252,15 @@ def planted(mutant: Mutant) -> Iterator[None]:
     """The defect in the copy for a while."""
     target = TREE / mutant.file
     before = target.read_text(encoding="utf-8")
+    if mutant.compiled:
+        PLANTED.write_text(mutant.file, encoding="utf-8")
     target.write_text(mutant.text(), encoding="utf-8")
     try:
         yield
     finally:
         target.write_text(before, encoding="utf-8")
+        if mutant.compiled:
+            copy_modules(SOUND, TREE / "pacd_fast")
 
 
 def outcome(mutant: Mutant, found: dict[str, Any]) -> dict[str, Any]:
@@ -266,27 +277,52 @@ def outcome(mutant: Mutant, found: dict[str, Any]) -> dict[str, Any]:
                 build()
             except subprocess.CalledProcessError as error:
                 raise SystemExit(f"{mutant.name} does not compile: {error.stderr.decode()[-800:]}") from error
-        status, seconds = run_tests(mutant.tests, log)
+        status, seconds = run_tests(mutant.tests, log, 60.0 + 10.0 * found[clean]["seconds"])
     by = "" if status == "passed" else "a limit of time" if status == "hung" else failing(log)
     return {"name": mutant.name, "seen": status != "passed", "by": by, "seconds": round(seconds, 1)}
 
 
-def table(mutants: list[Mutant], found: dict[str, Any]) -> str:
-    """By folder and kind: mutants, caught, equivalent, missed, and the share caught of all that are not equivalent."""
-    lines = ["| code | list | mutants | caught | equivalent | missed | caught of the rest |"]
-    lines.append("|---|---|--:|--:|--:|--:|--:|")
-    groups: dict[tuple[str, str], list[Mutant]] = {}
+def table(mutants: list[Mutant], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """By list and place: mutants, caught, equivalent, missed, and the share caught of all that are not equivalent."""
+    rows = []
+    for kind in ("hand", "generated"):
+        several = [each for each in mutants if each.kind == kind]
+        for place in (*sorted({each.place for each in several}), "all"):
+            here = [each for each in several if place in (each.place, "all") and each.key() in found]
+            caught = sum(found[each.key()]["seen"] for each in here)
+            same = sum(bool(each.equivalent) and not found[each.key()]["seen"] for each in here)
+            rest = len(here) - same
+            rows.append({
+                "list": kind, "code": place, "mutants": len(here), "caught": caught, "equivalent": same,
+                "missed": rest - caught, "caught of the rest": f"{caught / rest:.0%}" if rest else "-",
+            })  # fmt: skip
+    return rows
+
+
+def described(mutants: list[Mutant], found: dict[str, Any]) -> str:
+    """Every mutant and what saw it."""
+    lines = ["| defect | where | seen by |", "|---|---|---|"]
     for each in mutants:
-        groups.setdefault((each.kind, each.folder), []).append(each)
-    groups |= {(kind, "all"): [each for each in mutants if each.kind == kind] for kind in {m.kind for m in mutants}}
-    for (kind, folder), several in sorted(groups.items()):
-        done = [(each, found[each.key()]) for each in several if each.key() in found]
-        caught = sum(result["seen"] for _, result in done)
-        same = sum(bool(each.equivalent) and not result["seen"] for each, result in done)
-        rest = len(done) - same
-        share = f"{caught / rest:.0%}" if rest else "-"
-        lines.append(f"| {folder} | {kind} | {len(done)} | {caught} | {same} | {rest - caught} | {share} |")
+        result = found.get(each.key())
+        said = "not run" if result is None else f"`{result['by']}`" if result["seen"] else "**missed**"
+        if result is not None and not result["seen"] and each.equivalent:
+            said = f"equivalent: {each.equivalent}"
+        lines.append("| " + " | ".join(text.replace("|", "or") for text in (each.name, f"`{each.file}`", said)) + " |")
     return "\n".join(lines)
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(mutants: list[Mutant], found: dict[str, Any]) -> None:
+    """Puts the table into results.json and benchmarks/README.md, and the mutants into mutants.md."""
+    page, mark = ROOT / "benchmarks" / "mutants.md", "<!-- mutants -->\n"
+    text = page.read_text(encoding="utf-8").partition(mark)[0]
+    page.write_text(text + mark + described(mutants, found) + "\n", encoding="utf-8")
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("benchmarks.report").record("mutants", table(mutants, found))
 
 
 def main() -> int:
@@ -294,9 +330,10 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="parts of names or files; by default all")
     parser.add_argument("--hand", action="store_true", help="leave the generated ones out")
     parser.add_argument("--seconds", type=float, default=7200, help="start no mutant after so long; run again to go on")
-    parser.add_argument(
-        "--list", action="store_true", help="every mutant and what saw it, of what has been found, without a run"
-    )
+    text = "every mutant and what saw it, of what has been found, without a run"
+    parser.add_argument("--list", action="store_true", help=text)
+    text = "put what has been found into benchmarks/README.md and mutants.md, without a run"
+    parser.add_argument("--write", action="store_true", help=text)
     options = parser.parse_args()
     mutants, modules = by_hand()
     for file, each in {} if options.hand else modules.items():
@@ -308,19 +345,15 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     state = WORK / "found.json"
     found = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
+    if options.write:
+        write(mutants, found)
+        return 0
     if not options.list:
         wanted = [(key, each) for each in mutants if (key := each.key()) not in found]
         search(sorted(wanted, key=lambda pair: pair[1].compiled), found, state, options.seconds)
     if options.list:
-        print("| defect | where | seen by |\n|---|---|---|")
-        for each in mutants:
-            result = found.get(each.key())
-            said = "not run" if result is None else f"`{result['by']}`" if result["seen"] else "**missed**"
-            if result is not None and not result["seen"] and each.equivalent:
-                said = f"equivalent: {each.equivalent}"
-            print(f"| {each.name.replace('|', 'or')} | `{each.file}` | {said.replace('|', 'or')} |")
-        print()
-    print(table(mutants, found))
+        print(described(mutants, found) + "\n")
+    print(as_text(table(mutants, found)))
     missed = [m for m in mutants if (r := found.get(m.key())) is not None and not r["seen"] and not m.equivalent]
     for each in missed:
         print(f"missed: {each.name} ({each.file}; {each.tests})")
@@ -342,6 +375,7 @@ def search(wanted: list[tuple[str, Mutant]], found: dict[str, Any], state: Path,
         importlib.import_module(name)
     if any(each.compiled for _, each in wanted):
         build()  # so that what has no defect is built in the same way
+        copy_modules(TREE / "pacd_fast", SOUND)
     for number, (key, each) in enumerate(wanted, 1):
         if time.monotonic() - started > seconds:
             return

@@ -1,14 +1,40 @@
-"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store."""
+"""The processes that torchrun started for one run: who takes what, and what they tell each other, by torch's store.
+
+On one machine (`-m --`: some versions of torchrun else take a flag such as --n for one of their own)::
+
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m -- pacd_fast certify ... --out results.tsv
+
+Over nodes, by Slurm, one torchrun each, and as many processes as a node has cards (or groups of cores; set
+OMP_NUM_THREADS then)::
+
+    #SBATCH --nodes=4 --ntasks-per-node=1
+    HEAD=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
+    srun torchrun --nnodes $SLURM_NNODES --nproc-per-node 4 --max-restarts 3 --rdzv-id $SLURM_JOB_ID \\
+        --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 -m -- pacd_fast certify ... --out results.tsv
+
+The same without torchrun, where no process need hear of another: `certify ... --seed 7 --shard i/4 --out part-i.tsv`
+for i = 0 to 3, then `merge part-*.tsv --out results.tsv`.
+
+- certify: images are handed out as ranks ask for them, and each appends to a file beside --out (results.tsv.rank1, ...)
+  until all are one; `--share samples` shares every image's samples.  Killed, whole or in part, the same command goes on
+  with any number of processes; without --max-restarts too.
+- train --seeds N, audit (of a class), reproduce (PACD's tables and figures): victims are handed out.
+- train of one network, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again with --resume, with
+  any number of processes.
+- All need one disk for --out, --work, one version of this package, and devices of one kind; the other commands are for
+  one process.
+"""
 
 from __future__ import annotations
 
-import datetime
 import functools
+import io
 import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -18,14 +44,15 @@ from numpy.typing import NDArray
 
 __all__ = ["Ranks"]
 
-_ASK = datetime.timedelta(seconds=5)  # how often one that waits for others looks whether one of them has failed
+_ASK = 0.05  # seconds after which one that waits for others looks again
+_SPEAKS = 5.0  # seconds that one who failed first may take to say so
 
 
 class Ranks:
     """The processes of a run; one that is alone asks nobody.
 
     All of them make the same calls in the same order, but for `take` and `add`.  Nothing but the store is needed, which
-    outlives a killed process under torchrun; `summed` alone makes a gloo group.
+    outlives a killed process under torchrun; `group`, and with it `summed`, makes a process group.
 
     Args:
         store: a torch.distributed.Store of theirs, or None for one process.
@@ -47,15 +74,17 @@ class Ranks:
 
     @classmethod
     def of_group(cls, group: Any) -> Ranks:
-        """Those of a process group that is initialised already; called by all of them."""
+        """Those of a process group that is initialised already; called by all of them.  None: this process alone."""
+        if group is None:
+            return cls()
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise ValueError("this process is not in the group")
         name = [secrets.token_hex(8)]
-        dist.broadcast_object_list(name, dist.get_global_rank(group, 0) if group is not None else 0, group)
+        dist.broadcast_object_list(name, dist.get_global_rank(group, 0), group)
         store = dist.distributed_c10d._get_default_store()
         found = cls(dist.PrefixStore(f"pacd_fast/{name[0]}", store), rank, size)
-        found._group = dist.group.WORLD if group is None else group
+        found._group = group
         return found
 
     def name(self) -> str:
@@ -88,9 +117,16 @@ class Ranks:
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
         return self._answers(name)
 
+    def restarted(self) -> bool:
+        """Whether torchrun started them again after one has failed, so that they go on with what is there."""
+        return any(self.everyones(self.size > 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
+
     def agree(self, about: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming rank and difference, where they do not all say the same; values of JSON."""
-        first, *others = self.everyones(dict(about))
+        """Raises ValueError, naming rank and difference, where they do not all say the same; values of JSON.
+
+        They must be of one version of this package besides.
+        """
+        first, *others = self.everyones({"pacd_fast": version("pacd_fast"), **about})
         for rank, other in enumerate(others, start=1):
             for key, value in first.items():
                 if other.get(key) != value:
@@ -109,30 +145,65 @@ class Ranks:
     def _answers(self, name: str) -> list[Any]:
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         _wait(self._store, keys)
-        return [json.loads(text) for text in self._store.multi_get(keys)]
+        texts = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
+        return [json.loads(text) for text in texts]
 
-    def fails_first(self) -> bool:
-        """Whether this is the first to fail: the others' words would hide its own."""
+    def fail(self, say: Callable[[], None]) -> None:
+        """The first of them to fail says why; whoever ends after it has let it speak, for torchrun then stops all."""
+        if self.size == 1:
+            return say()
         try:
-            return self.size == 1 or self.add("failed", 1) == 1
+            if self.add("failed", 1) == 1:
+                say()
+                self._store.set("said", "")
+            else:
+                until = time.monotonic() + _SPEAKS
+                while not self._store.check(["said"]) and time.monotonic() < until:
+                    time.sleep(_ASK)
         except RuntimeError:  # the store has gone
-            return True
+            say()
+
+    def group(self) -> Any:
+        """Their process group, made where there is none yet; None for one that is alone.
+
+        gloo, and nccl between cards where each has one of its own.
+        """
+        if self.size > 1 and self._group is None:
+            cards = torch.cuda.device_count() if dist.is_nccl_available() else 0
+            own = cards >= int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+            backend = "cpu:gloo,cuda:nccl" if own else "gloo"
+            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size)
+            self._group = dist.group.WORLD
+        return self._group
 
     def summed(self, array: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sum of everyone's arrays of one shape."""
         if self.size == 1:
             return array
-        if self._group is None:
-            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size)
-            self._group = dist.group.WORLD
         return self.summed_tensor(torch.from_numpy(np.ascontiguousarray(array))).numpy()
 
     def summed_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same, in the group that is initialised; a tensor on the CPU, by way of the card where nccl is."""
-        device = torch.device("cuda" if dist.get_backend(self._group) == "nccl" else "cpu")
-        sent = tensor.to(device, copy=True)
-        dist.all_reduce(sent, group=self._group)
-        return sent.cpu()
+        """The same for tensors, each on its device; by way of a card where the group has nccl alone."""
+        if self.size == 1:
+            return tensor
+        group = self.group()
+        device = torch.device("cuda") if dist.get_backend(group) == "nccl" else tensor.device
+        sent = tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(sent, group=group)
+        return sent.to(tensor.device)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each gave, tensors and plain values, to rank 0, on the CPU; the others get nothing."""
+        if self.size == 1:
+            return [value]
+        packed = io.BytesIO()
+        torch.save(value, packed)
+        group, found = self.group(), [b""] * self.size
+        to = dist.get_global_rank(group, 0)
+        dist.gather_object(packed.getvalue(), found if self.rank == 0 else None, to, group)
+        if self.rank:
+            return []
+        return [torch.load(io.BytesIO(each), map_location="cpu", weights_only=True) for each in found]
 
 
 def _attempt(store: Any, rank: int, size: int) -> str:
@@ -160,11 +231,10 @@ def _attempt(store: Any, rank: int, size: int) -> str:
 
 
 def _wait(store: Any, keys: list[str]) -> None:
-    """For others, however long they take: where one has died torchrun ends all."""
-    while True:
-        try:
-            store.wait(keys, _ASK)
-            return
-        except dist.DistStoreError:  # not yet
-            if store.check(["sum/failed"]):
-                raise SystemExit(2) from None  # another has said why
+    """For others, however long they take: where one has died torchrun ends all.  (Store.wait warns while it waits.)"""
+    pause = 0.001
+    while not store.check(keys):
+        if store.check(["said"]):
+            raise SystemExit(2)  # another has said why
+        time.sleep(pause)
+        pause = min(2 * pause, _ASK)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacd_fast import ops
 from pacd_fast.bilevel import Composite, FixedPoint, Root, SolverWarning, hypergradient, unrolled
+from pacd_fast.bilevel.conditions import linearised
+from pacd_fast.bilevel.trees import Arguments
 
 CONVERGING = {"cg": 60, "gmres": 60, "minres": 60, "neumann": 2500, "nystrom": 60}
 """Steps.  Adam's have one length: it comes near, and is not among them."""
@@ -183,6 +185,30 @@ def test_gauss_newton_leaves_out_the_outputs_curvature():
     found = hypergradient(lambda u, v: v.sum(), bent, u, v, steps=5, tolerance=1e-12)
     mixed = torch.func.jacrev(torch.func.grad(lambda v, u: bent(u, v)), 1)(v, u)
     torch.testing.assert_close(found, -((1 / (2 * slope**2)) @ mixed), rtol=1e-8, atol=1e-9)
+
+
+NORMS = {
+    "batch": nn.BatchNorm1d(4),
+    "layer": nn.LayerNorm(4),
+    "instance": nn.Sequential(nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2), nn.Flatten()),
+    "group": nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_mixed_derivative_through_a_norm(norm):
+    """It has nothing to do with the curvature; torch's derivative of the tangent of such a norm is wrong."""
+    draw = torch.Generator().manual_seed(4)
+    layers = [nn.Linear(5, 4), NORMS[norm], nn.Tanh(), nn.Linear(4, 3)]
+    network, u = nn.Sequential(*layers).double().train(), torch.randn(6, 5, generator=draw, dtype=torch.float64)
+    lower = Composite(lambda u, network: network(u), lambda z: F.cross_entropy(z, torch.arange(6) % 3))
+    v = [p.detach().requires_grad_() for p in network.parameters()]
+    q = torch.randn(sum(p.numel() for p in v), generator=draw, dtype=torch.float64)
+    found, expected = (
+        linearised(lower, Arguments(u, network), [u.clone().requires_grad_()], v, curvature).mixed(q)[0]
+        for curvature in ("gauss-newton", "hessian")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_tuples_of_tensors_and_a_dependence_that_is_not_there():

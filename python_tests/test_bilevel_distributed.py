@@ -1,16 +1,13 @@
-"""Hypergradients under torchrun: two processes with half of the data each find what one with all of it finds."""
+"""Hypergradients of several ranks: two processes with half of the data each find what one with all of it finds."""
 
 from __future__ import annotations
 
 import datetime
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torchrun_agent import GLOO, Agent
 
 from pacd_fast.bilevel import Composite, WarmStart, hypergradient, implicit
 
@@ -50,18 +47,17 @@ def part(group, rank: int = 0, ranks: int = 1) -> dict[str, object]:
     return result
 
 
-GLOO = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-
-
 @pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
 def test_two_ranks_find_what_one_process_finds(tmp_path):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    alone = part(None)
+    def function(rank: int) -> int:
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        torch.save(part(torch.distributed.group.WORLD, rank, 2), tmp_path / f"{rank}.pt")
+        torch.distributed.destroy_process_group()
+        return 0
+
+    alone, agent = part(None), Agent(tmp_path, 2)
+    agent.start(function)
+    assert agent.ended() == [0, 0], agent.said()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, expected in alone.items():
         for first, second, whole in zip(ranks[0][name], ranks[1][name], expected, strict=True):
@@ -69,11 +65,3 @@ def test_two_ranks_find_what_one_process_finds(tmp_path):
             torch.testing.assert_close(first, whole, rtol=1e-9, atol=1e-12, msg=name)
     half = part(None, 0, 2)  # and the data matters
     assert not torch.allclose(half["hessian"][0], alone["hessian"][0], rtol=0.01)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))  # and no process waits longer
-    rank = torch.distributed.get_rank()
-    torch.save(part(torch.distributed.group.WORLD, rank, 2), Path(sys.argv[1]) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Fork
 
 from pacd_fast.cli import main, parser
 from pacd_fast.networks import build, load_checkpoint, save_checkpoint
@@ -56,27 +57,14 @@ def weights(path: Path) -> str:
     return load_checkpoint(path).fingerprint
 
 
-def process(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "pacd_fast", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
-
-
-def test_a_reader_that_goes_away_is_no_error():
-    running = process(["info"])
-    running.stdout.close()
-    assert running.stderr.read() == "" and running.wait() == 141
-
-
-def run(arguments: list[str], **environment: str) -> str:
-    done = process(arguments, **environment)
-    out, error = done.communicate()
-    assert done.returncode == 0, error
-    return out
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = Fork(lambda: main(["info"]), tmp_path / "log", out=writer)
+    os.close(writer)
+    while running.running():
+        time.sleep(0.002)
+    assert running.code == 141 and running.said() == ""
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +112,15 @@ def test_train_then_certify_then_summary_then_plot(tmp_path, capsys):
     assert main([*train, "--seed", "1", "--out", str(other)]) == 0 and weights(other) != weights(model)
 
 
-@pytest.mark.parametrize("batch_size, threads", [("64", "1"), ("1000", "2")])
+@pytest.mark.parametrize("batch_size, threads", [("64", 1), ("1000", 2)])
 def test_batch_size_and_threads_change_no_result(certified, checkpoint, tmp_path, batch_size, threads):
-    out = tmp_path / "results.tsv"
+    out, before = tmp_path / "results.tsv", torch.get_num_threads()
     options = ["--checkpoint", str(checkpoint), "--out", str(out), "--batch-size", batch_size]
-    run([*CERTIFY, *options], OMP_NUM_THREADS=threads)
+    torch.set_num_threads(threads)
+    try:
+        assert main([*CERTIFY, *options]) == 0
+    finally:
+        torch.set_num_threads(before)
     header, *found = rows(out)
     column = header.index("rows")
     assert {row.pop(column) for row in found} == {batch_size}
@@ -138,21 +130,17 @@ def test_batch_size_and_threads_change_no_result(certified, checkpoint, tmp_path
 def test_killed_twice_and_resumed(certified, checkpoint, tmp_path):
     out = tmp_path / "results.tsv"
     arguments = [*CERTIFY, "--checkpoint", str(checkpoint), "--out", str(out)]
-    killed = 0
     for stop in (3, 7):
-        running = process(arguments)
-        while running.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < stop):
-            time.sleep(0.002)
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
-        killed += running.returncode == -signal.SIGKILL
+        running = Fork(lambda: main(arguments), tmp_path / "log")
+        while running.running() and (not out.exists() or out.read_bytes().count(b"\n") < stop):
+            time.sleep(0.001)
+        running.kill()
         assert len(rows(out)) < len(rows(certified)), "it was too quick to be killed"
-    assert killed == 2
-    run(arguments)
+    assert main(arguments) == 0
     assert rows(out) == rows(certified)
     # once more: all is there, nothing is drawn, nothing is changed
     before = out.read_bytes()
-    run(arguments)
+    assert main(arguments) == 0
     assert out.read_bytes() == before
 
 
@@ -235,24 +223,26 @@ def test_locuslab_files_are_read(tmp_path, capsys):
 def test_info_says_what_is_there(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("torch", "SIMD", "threads", "CUDA library"):
+    for word in ("torch", "SIMD", "threads", "CUDA library", "certify uses"):
         assert word in out
 
 
-def test_train_resumes_after_a_kill(tmp_path):
+def test_train_resumes_after_a_kill(tmp_path, capsys):
     whole, out = tmp_path / "whole.safetensors", tmp_path / "model.safetensors"
-    train = ["train", "--data", "mnist5k", "--sigma", "0.5", "--epochs", "3", "--batch-size", "100", "--device", "cpu"]
-    run([*train, "--out", str(whole)])
-    running = process([*train, "--out", str(out)])
+    train = ["train", "--data", "mnist5k", "--train-images", "1000", "--sigma", "0.5", "--epochs", "4"]
+    train += ["--batch-size", "50", "--device", "cpu"]
+    assert main([*train, "--out", str(whole)]) == 0
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "pacd_fast", *train, "--out", str(out)]
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     partial = tmp_path / "model.safetensors.partial"
     while running.poll() is None and not partial.exists():
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
-    running.communicate()
-    assert running.returncode == -signal.SIGKILL and partial.exists() and not out.exists()
-    other = process([*train, "--lr", "0.01", "--resume", "--out", str(out)])
-    assert "is of another run: lr" in other.communicate()[1] and other.returncode == 2
-    run([*train, "--resume", "--out", str(out)])
+    assert running.wait() == -signal.SIGKILL and partial.exists() and not out.exists()
+    assert main([*train, "--lr", "0.01", "--resume", "--out", str(out)]) == 2
+    assert "is of another run: lr" in capsys.readouterr().err
+    assert main([*train, "--resume", "--out", str(out)]) == 0
     assert weights(out) == weights(whole) and not partial.exists()
 
 
@@ -335,35 +325,22 @@ def test_unreadable_files_are_one_line(checkpoint, tmp_path, capsys):
 
 
 def test_memory_does_not_grow_with_n(tmp_path):
-    """Peak memory of a whole process at n = 10^6 against n = 10^4."""
+    """The peak of a process of its own up to n = 10^4, and up to n = 10^6."""
     generator = np.random.default_rng(0)
     images, labels = generator.random((2, 4, 4), dtype=np.float32), np.array([0, 1])
     np.savez(tmp_path / "data.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     (tmp_path / "small.py").write_text(NETWORK.format(16))
+    train = "train --model small:net --data data.npz --epochs 1 --out m.safetensors"
+    certify = "certify --checkpoint m.safetensors --model small:net --data data.npz --batch-size 1000"
     code = (
-        "import resource, sys; from pacd_fast.cli import main; "
-        "assert main(sys.argv[1:]) == 0; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import resource; from pacd_fast.cli import main\n"
+        f"assert main({train!r}.split()) == 0\n"
+        "for n in ('1000', '10000', '1000000'):\n"
+        f"    assert main([*{certify!r}.split(), '--n', n, '--out', n + '.tsv']) == 0\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-
-    def peak(*arguments: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        return int(done.stdout.split()[-1])
-
-    peak("train", "--model", "small:net", "--data", "data.npz", "--epochs", "1", "--out", "m.safetensors")
-    certify = [
-        "certify",
-        "--checkpoint",
-        "m.safetensors",
-        "--model",
-        "small:net",
-        "--data",
-        "data.npz",
-        "--batch-size",
-        "1000",
-    ]
-    small, large = (peak(*certify, "--n", n, "--out", f"{n}.tsv") for n in ("10000", "1000000"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    _, small, large = map(int, done.stdout.split()[-3:])
     assert large < small * 1.05 + 8192  # KiB
 
 

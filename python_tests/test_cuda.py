@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 import pacd_fast
 from pacd_fast import ops
+from pacd_fast.certification.classifier import BaseClassifier
+from pacd_fast.certification.noise import Noise
+from pacd_fast.certification.sampler import _Votes
+from pacd_fast.certification.vote import sampler_of
 from pacd_fast.data import Dataset
 from pacd_fast.poisoning import Ball, MetaPoison, Pacd, Recipe, metapoison, pacd
 from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit
@@ -173,6 +177,30 @@ def test_hard_and_soft_certificates(device):
         )
         assert torch.equal(there.prediction.cpu(), here.prediction)
         torch.testing.assert_close(there.radius.cpu(), here.radius, rtol=0, atol=2e-3)
+
+
+def test_a_pass_is_one_graph_with_the_eager_bits(device):
+    x, network = torch.rand(4, 1, 8, 8), tiny(3).to(device)
+    classifier = BaseClassifier(network, x, 3, rows=64)
+    batch = classifier.empty()
+    over = classifier.over(batch)
+    assert not classifier.notes
+    for seed in range(3):
+        ops.noisy_copies(x[:1].to(device), 1.0, 64, seed, out=batch)
+        assert different_bits(classifier(batch).cpu(), over()) is None
+    waiting = BaseClassifier(lambda batch: network(batch) * float(batch.mean() < 9), x.to(device), 3, rows=64)
+    assert waiting.over(waiting.empty())().shape == (64, 3) and "no CUDA graph" in waiting.notes[0]
+
+
+def test_a_batch_of_certification_does_not_wait(device):
+    sampler = sampler_of(tiny(3).to(device), torch.rand(2, 1, 8, 8), 3, Noise.of("lattice", 0.5), 1, 5000, rows=64)
+    votes = _Votes(64, sampler.classifier)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(5):
+            votes.add(*sampler.logits([(0, 1, 64 * number, 40, 0), (1, 1, 64 * number, 24, 1)]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_poison(device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -69,3 +70,18 @@ def test_figures_are_of_their_class():
     assert found[0].noisy == [0.25] * 2 and found[1].noisy == [0.5] * 2 and found[None].noisy == [0.5] * 2
     assert found[0].distortion == [1.0] * 2 and found[1].distortion == [0.5] * 2
     assert found[None].distortion == [2 / 3] * 2 and all(math.isnan(value) for value in found[2].distortion)
+
+
+def test_pixels_labels_and_sigma_at_the_ends_of_what_is_taken():
+    x, y, one = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), torch.tensor([0, 1]), torch.tensor([0])
+    options = {"copies": 2, "iterations": 1}
+    assert evaluate(Side(), x, y, sigma=0.5, attacked=one, **options).natural.tolist() == [True, True]
+    for wrong in (x - 1e-6, x * (1 + 1e-6)):
+        with pytest.raises(ValueError, match=r"float images must be in \[0, 1\]"):
+            evaluate(Side(), wrong, y, sigma=0.5, attacked=one, **options)
+    for labels, found in (([0, 2], r"\[0, 2\]"), ([-1, 1], r"\[-1, 1\]")):
+        with pytest.raises(ValueError, match=rf"labels must be in \[0, 2\), the model's classes, and are in {found}"):
+            evaluate(Side(), x, torch.tensor(labels))
+    for asked in ({"noise_copies": 2}, {"attacked": one}):
+        with pytest.raises(ValueError, match="need sigma"):
+            evaluate(Side(), x, y, **asked)

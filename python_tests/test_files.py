@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import test_metapoison
 import test_pacd_promises
 import test_training
 import torch
+from forks import Fork
 
 from pacd_fast import files
 from pacd_fast.arguments import NotANumber, number, one_line, whole_number
@@ -102,24 +103,20 @@ def test_a_full_disk_is_named(small_disk):
     assert path.read_text() == "old" and list(small_disk.iterdir()) == [path]
 
 
-HOLD = """
-import sys, pacd_fast.files as files
-with files.locked(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_one_writer_at_a_time(tmp_path):
-    path = tmp_path / "out"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
+    path, log = tmp_path / "out", tmp_path.with_name(f"{tmp_path.name}.log")
+
+    def hold() -> None:
+        with files.locked(path):
+            print("held", flush=True)
+            time.sleep(600)
+
+    holder = Fork(hold, log)
+    while holder.running() and not holder.said():
+        time.sleep(0.002)
     with pytest.raises(ValueError, match="is being written by another process"), files.locked(path):
         pytest.fail("two writers")
     holder.kill()
-    holder.wait()
     with files.locked(path):  # a kill leaves no lock
         pass
     assert list(tmp_path.iterdir()) == []

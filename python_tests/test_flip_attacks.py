@@ -146,3 +146,22 @@ def test_logistic_attack_within_a_limit():
     assert np.array_equal(limited, np.where(flips <= most, flips, -1)) and np.array_equal(again, prediction)
     with pytest.raises(ValueError, match="two classes"):
         attack_logistic(X, y + 1, test)
+
+
+def test_an_attack_may_take_every_label_or_find_none_that_do():
+    one = np.ones(2, dtype=np.int64)
+    assert attack_ridge(np.ones(2), one, 2).tolist() == [0, 0]
+    assert attack_smoothed(np.full(2, 0.3), one, 0.05, 2).tolist() == [0, 0]
+    assert attack_ridge(np.full(1, 0.3), one[:1], 2) is None  # too little to begin with
+    assert attack_smoothed(np.ones(2), one, 0.05, 2) is None  # it changes, and nothing proves it
+    for classes in (2, 3):
+        for attack in (attack_ridge, lambda alpha, y, c: attack_smoothed(alpha, y, 0.05, c)):
+            assert attack(np.zeros(4), np.array([0, 1, 1, 0]), classes) is None
+
+
+def test_a_logistic_prediction_is_the_side_of_the_boundary_however_near():
+    X, y, test, _ = problem(8, n=200, m=1)
+    attack, w = LogisticAttack(X, y), retrained(X, y)
+    for logit in (-2.0, -0.5, -0.01, 0.01, 0.5, 2.0):
+        point = test[0] + (logit - np.append(test[0], 1.0) @ w) * w[:-1] / (w[:-1] @ w[:-1])
+        assert attack.predict(point) == (logit > 0)

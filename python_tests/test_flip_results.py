@@ -1,13 +1,11 @@
 """The file of label-flip certificates: resumed, refused, checked row by row against itself."""
 
 import itertools
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from forks import Fork
 
 from pacd_fast.cli import main
 from pacd_fast.files import AnotherRun
@@ -134,11 +132,10 @@ def test_a_killed_command_goes_on(tmp_path):
     problem.save(tmp_path / "small.npz")
     out, once = tmp_path / "killed.tsv", tmp_path / "once.tsv"
     arguments = ["labelflip", "--data", str(tmp_path / "small.npz"), "--q", "0.1", "--attack", "30", "--out"]
-    child = subprocess.Popen([sys.executable, "-m", "pacd_fast", *arguments, str(out)], stderr=subprocess.DEVNULL)
-    while child.poll() is None:
-        if out.exists() and out.read_bytes().count(b"attacked") >= 2:
-            child.send_signal(signal.SIGKILL)
-        time.sleep(0.005)
+    running = Fork(lambda: main([*arguments, str(out)]), tmp_path / "log")
+    while running.running() and not (out.exists() and out.read_bytes().count(b"attacked") >= 2):
+        time.sleep(0.001)
+    running.kill()
     before = out.read_bytes()
     assert main([*arguments, str(out)]) == 0 and main([*arguments, str(once)]) == 0
     assert sorted_lines(out) == sorted_lines(once)

@@ -216,3 +216,15 @@ def test_the_losing_class_has_no_bound(classes):
     assert ((mixed < 0) == (torch.arange(6) % classes == 1)).all()
     with pytest.raises(ValueError, match="rescale"):
         losing_tail(alpha * torch.inf, y, torch.ones(6, dtype=torch.int64), 0.1, classes)
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+def test_a_tail_of_several_classes_does_not_depend_on_the_scale_of_the_influences(classes):
+    """Nor on whether the best tilt is above 1: it is as many times larger as the influences are smaller."""
+    rng = np.random.default_rng(classes)
+    y = torch.tensor(np.where(rng.random(300) < 0.6, 1, rng.integers(0, classes, 300)))
+    alpha, said = torch.tensor(rng.uniform(0.5, 1.5, (6, 300)) / 300), torch.ones(6, dtype=torch.int64)
+    tails = [losing_tail(alpha * scale, y, said, 0.1, classes) for scale in (1.0, 1e-4, 1e4)]
+    assert bool((tails[0] < -1).all())
+    for other in tails[1:]:
+        torch.testing.assert_close(other, tails[0], rtol=1e-6, atol=0)

@@ -204,3 +204,30 @@ def test_defaults_per_data_set():
     assert loss_of("macer", "cifar10", {"sigma": 0.5, "lam": 2.0}) == Macer(0.5, lam=2.0)
     assert loss_of("smoothadv", "mnist", {}) == SmoothAdv(0.5, 1.0, steps=2, k=1)
     assert set(hyperparameters()) == {"sigma", "k", "beta", "gamma", "lam", "epsilon", "steps", "warmup"}
+
+
+def test_one_copy_has_a_slope_however_wrong_the_network_is():
+    """The mean of several copies' softmax ends at 1e-20; one copy's cross-entropy goes on, and so does the attack."""
+
+    def network(x: Tensor) -> Tensor:
+        return torch.stack([4000 * x.flatten(1)[:, 0], torch.zeros(len(x))], 1)
+
+    x, y = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, dtype=torch.int64)
+    for k, norm in ((1, 0.25), (2, 0.0)):
+        delta = SmoothAdv(0.01, 0.25, k=k).perturbation(network, x, y, seed=1)
+        assert delta.flatten(1).norm(dim=1).tolist() == pytest.approx([norm] * 2)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_smoothadvs_radius_grows_over_its_warmup(warmup):
+    loss = SmoothAdv(0.5, 1.0, warmup=warmup)
+    radii = [loss.at_epoch(epoch).epsilon for epoch in range(5)]
+    assert radii == [min(1.0, (epoch + 1) / max(warmup, 1)) for epoch in range(5)] and radii[4] == 1.0
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        SmoothAdv(0.5, 1.0, k=0)
+
+
+def test_smoothadv_stays_where_there_is_no_slope():
+    x, radius = torch.rand(2, 1, 4, 4), torch.tensor(0.5)
+    moved = SmoothAdv.step(x, torch.zeros_like(x), torch.zeros_like(x), radius, 2)
+    assert torch.equal(moved, torch.zeros_like(x))

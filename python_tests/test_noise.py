@@ -75,8 +75,9 @@ def test_box_muller_against_mpmath():
     assert 6.7 < float(np.abs(found).max()) < 6.77
 
 
-def test_statistics_of_a_hundred_million_draws():
-    failed = [check for check in selftest.noise_checks(100_000_000, seed=5) if check.verdict != "ok"]
+@pytest.mark.parametrize("draws", [20_000_000, pytest.param(100_000_000, marks=pytest.mark.slow)])
+def test_statistics_of_many_draws(draws):
+    failed = [check for check in selftest.noise_checks(draws, seed=5) if check.verdict != "ok"]
     assert not failed
 
 

@@ -45,8 +45,7 @@ def tiny(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(196, 32), nn.ReLU(), nn.Linear(32, num_classes))
 
 
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
+def load_digits() -> Dataset:
     """Threes, fives and eights among the embedded digits at half resolution: small, and not trivial."""
     data = load_dataset("mnist5k", validation=400)
     kept = torch.tensor([3, 5, 8])
@@ -58,6 +57,11 @@ def digits() -> Dataset:
 
     (x, y), (xt, yt), (xv, yv) = (some(*data.split(which)) for which in ("train", "test", "val"))
     return Dataset("digits", x, y, xt, yt, xv, yv, ("3", "5", "8"))
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_digits()
 
 
 RECIPE = Recipe(
@@ -263,33 +267,29 @@ def test_a_cost_that_is_not_finite_begins_anew_and_is_counted(digits):
 
 CRAFT = """
 import sys; sys.path.insert(0, {tests!r})
-import torch; torch.set_num_threads(1)
-from test_pacd import *
-digits = digits.__wrapped__() if hasattr(digits, "__wrapped__") else digits.__pytest_wrapped__.obj()
-made = craft(digits, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, seed=4,
-            recipe=dataclasses.replace(RECIPE, epochs=12), checkpoint={partial!r}, resume={resume!r},
-            metrics={metrics!r})
-made.save({out!r})
+import torch; torch.set_num_threads({threads})
+import test_pacd
+test_pacd.craft_eight(test_pacd.load_digits(), {folder!r}, "killed")
 """
 
 
-def test_resuming_after_a_kill_gives_the_same_poison(tmp_path):
-    def command(name, resume):
-        names = {key: str(tmp_path / f"{name}.{key}") for key in ("partial", "metrics")}
-        code = CRAFT.format(tests=str(Path(__file__).parent), resume=resume, out=str(tmp_path / f"{name}.npz"), **names)
-        return [sys.executable, "-c", code]
+def craft_eight(data: Dataset, folder: str | Path, name: str, resume: bool = False) -> Poison:
+    files = {"checkpoint": Path(folder) / f"{name}.partial", "metrics": Path(folder) / f"{name}.metrics"}
+    recipe = dataclasses.replace(RECIPE, epochs=8)
+    return craft(
+        data, Gaussian(0.4), target_class=2, epsilon=0.1, model=TINY, seed=4, recipe=recipe, resume=resume, **files
+    )
 
-    subprocess.run(command("whole", False), check=True)
-    process = subprocess.Popen(command("killed", True))
-    for _ in range(3000):
-        if (tmp_path / "killed.partial").exists():
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (tmp_path / "killed.partial").exists() and not (tmp_path / "killed.npz").exists()
-    subprocess.run(command("killed", True), check=True)
-    whole, killed = (Poison.load(tmp_path / f"{name}.npz") for name in ("whole", "killed"))
+
+def test_resuming_after_a_kill_gives_the_same_poison(digits, tmp_path):
+    whole = craft_eight(digits, tmp_path, "whole")
+    code = CRAFT.format(tests=str(Path(__file__).parent), threads=torch.get_num_threads(), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (tmp_path / "killed.partial").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and (tmp_path / "killed.partial").exists()
+    killed = craft_eight(digits, tmp_path, "killed", resume=True)
     assert torch.equal(whole.images, killed.images)
     lines = [(tmp_path / f"{name}.metrics").read_text().splitlines() for name in ("whole", "killed")]
     strip = [[{**json.loads(line), "seconds": 0} for line in each] for each in lines]

@@ -1,4 +1,4 @@
-"""Runs of several processes: what one process writes, whoever is killed, refused where the processes differ."""
+"""Certification by several processes: what one writes, whoever is killed; refused where the processes differ."""
 
 from __future__ import annotations
 
@@ -9,130 +9,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
+from torchrun_agent import CERTIFY, GLOO, Agent, prepared, rows, together
 
-from pacd_fast.certification import ResultsFile, rank_files
+from pacd_fast.certification import ResultsFile, rank_files, sampler
 from pacd_fast.certification.sharing import SharedSamples
 from pacd_fast.cli import main
-from pacd_fast.data import load_dataset
-from pacd_fast.networks import build, save_checkpoint
-from pacd_fast.randomness import seeded
 from pacd_fast.ranks import Ranks
 
-GLOO = dist.is_available() and dist.is_gloo_available()
 pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
-
-CERTIFY = ["certify", "--sigma", "0.5", "--n", "300", "--count", "16", "--seed", "7", "--device", "cpu"]
-CERTIFY += ["--checkpoint", "model.safetensors", "--data", "digits.npz"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """model.safetensors, other.safetensors, digits.npz, which is read faster than mnist5k, and certified.tsv."""
-    path = tmp_path_factory.mktemp("ranks")
-    data = load_dataset("mnist5k")
-    parts = {name: getattr(data, name).numpy() for name in ("x_train", "y_train", "x_test", "y_test")}
-    np.savez(path / "digits.npz", **{name: value[:200] for name, value in parts.items()})
-    metadata = {"architecture": "mnist-cnn", "num_classes": "10", "in_channels": "1", "image_size": "28x28"}
-    for seed, name in enumerate(("model", "other")):
-        with seeded(torch.device("cpu"), seed):
-            network = build("mnist-cnn", num_classes=10, in_channels=1, image_size=(28, 28))
-        save_checkpoint(path / f"{name}.safetensors", network, metadata)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        assert main([*CERTIFY, "--out", "certified.tsv"]) == 0
-    return path
+    return prepared(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(autouse=True)
 def there(folder, monkeypatch):
     monkeypatch.chdir(folder)
-
-
-def rows(path: Path) -> list[list[str]]:
-    """A results file without its last column, the time."""
-    return [line.split("\t")[:-1] for line in path.read_text().splitlines()]
-
-
-class Agent:
-    """What torchrun is to its processes, with forks: they need not import torch again.  torchrun's own: see below."""
-
-    def __init__(self, folder: Path, size: int):
-        self.store = dist.TCPStore("localhost", 0, None, True, timedelta(seconds=60), False)
-        self.folder, self.size, self.attempt = folder, size, -1
-        self.running: dict[int, int] = {}  # rank: process id
-
-    def start(self, function: Callable[[int], int]) -> None:
-        self.attempt += 1
-        for rank in range(self.size):
-            child = os.fork()
-            if child:
-                self.running[rank] = child
-                continue
-            code = 70
-            try:
-                log = os.open(self.folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                os.environ |= {
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size),
-                    "MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port),
-                    "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True",
-                    "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
-                }  # fmt: skip
-                torch.set_num_threads(1)
-                Ranks.of_torchrun.cache_clear()
-                code = function(rank)
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
-
-    def kill(self, signal_number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
-        for rank in list(self.running) if ranks is None else ranks:
-            os.kill(self.running[rank], signal_number)
-        for rank in list(self.running) if ranks is None else ranks:
-            os.waitpid(self.running.pop(rank), 0)
-
-    def ended(self, limit: float = 60.0) -> list[int]:
-        """The codes of those that ended; the others are stopped as soon as one has failed, as torchrun does it."""
-        codes, until = [], time.monotonic() + limit
-        while self.running:
-            if time.monotonic() > until:
-                self.kill()
-                pytest.fail("they do not end: " + self.said())
-            for rank, child in list(self.running.items()):
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    del self.running[rank]
-                    codes.append(os.waitstatus_to_exitcode(status))
-            if any(codes):
-                time.sleep(0.1)
-                self.kill(signal.SIGTERM)
-            time.sleep(0.01)
-        return codes
-
-    def said(self) -> str:
-        return "".join((self.folder / f"log{rank}").read_text() for rank in range(self.size))
-
-
-def together(folder: Path, size: int, arguments: Sequence[object], *more: Sequence[object]) -> tuple[list[int], str]:
-    """Exit codes and output of a command by so many ranks; more: flags that rank 1, 2, ... have besides."""
-    folder.mkdir(exist_ok=True)
-    agent = Agent(folder, size)
-    words = [
-        [*map(str, arguments), *(map(str, more[rank - 1]) if 0 < rank <= len(more) else ())] for rank in range(size)
-    ]
-    agent.start(lambda rank: main(words[rank]))
-    return agent.ended(), agent.said()
 
 
 @pytest.mark.parametrize("share", ["images", "samples"])
@@ -150,6 +48,21 @@ def test_several_ranks_write_what_one_does(share, question, folder, tmp_path):
     bars = re.split(r"[\r\n]+", said.strip())
     assert "16/16 images" in bars[-1] and all("sample" in line for line in bars)
     assert (tmp_path / "logs/log1").read_text() == (tmp_path / "logs/log2").read_text() == ""  # one bar: rank 0's
+
+
+@pytest.mark.parametrize("share", ["images", "samples"])
+def test_batches_that_run_ahead_of_their_votes(share, folder, tmp_path):
+    """As on a card, whose votes the host sees two batches later."""
+    out = tmp_path / "results.tsv"
+
+    def function(rank: int) -> int:
+        sampler.AHEAD["cpu"] = 2
+        return main([*CERTIFY, "--share", share, "--out", str(out)])
+
+    agent = Agent(tmp_path, 2)
+    agent.start(function)
+    assert agent.ended() == [0, 0], agent.said()
+    assert rows(out) == rows(folder / "certified.tsv")
 
 
 def test_killed_ranks_and_runs_are_taken_up_by_others(folder, tmp_path):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import re
-import signal
-import subprocess
-import sys
+import time
 from decimal import Decimal
 
 import numpy as np
 import pytest
+from forks import Fork
 from pacd_fast._C import FullCertificates
 from scipy.special import ndtri
 
@@ -195,18 +195,20 @@ def test_resume_after_a_cut_at_every_byte(tmp_path, run):
 
 def test_resume_after_sigkill(tmp_path):
     path = tmp_path / "r.tsv"
-    program = (
-        "import itertools, sys; from pacd_fast.certification import *\n"
-        f"file = ResultsFile(sys.argv[1], {RUN!r})\n"
-        "for idx in itertools.count():\n"
-        "    if idx not in file.done: file.append(Row(idx, 3, 3, 0.5, 0.9, 95_000, 1.0, 100_000))\n"
-        "    if idx == 200: print(flush=True)\n"
-    )
+
+    def append_for_ever() -> None:
+        file = ResultsFile(path, RUN)
+        for idx in itertools.count():
+            if idx not in file.done:
+                file.append(Row(idx, 3, 3, 0.5, 0.9, 95_000, 1.0, 100_000))
+            if idx == 200:
+                print("under way", flush=True)
+
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        writer = Fork(append_for_ever, tmp_path / "log")
+        while writer.running() and not writer.said():
+            time.sleep(0.001)
+        writer.kill()
     results = read_results(path)
     assert results.idx.tolist() == list(range(len(results)))
     assert len(results) > 200

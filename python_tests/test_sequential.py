@@ -386,11 +386,15 @@ def test_an_image_without_votes_ends_the_run_after_those_on_their_way():
 
 def test_full_certificates_are_those_of_the_bounds():
     """The rule at n against Clopper-Pearson and the quantile, rounded down, bit for bit."""
-    rule = _C.FullCertificates(100, 1000, 0.001, 0.25, futility=0.0)
-    for hits in (0, 400, 548, 549, 550, 700, 999, 1000):
+    sigma, higher = 0.3, 0  # no power of two, whose products are exact
+    rule = _C.FullCertificates(100, 1000, 0.001, sigma, futility=0.0)
+    for hits in (0, 400, 548, 549, 550, 600, 650, 700, 750, 800, 850, 900, 950, 999, 1000):
         selection, counts = np.array([60, 40, 0]), np.array([hits, 1000 - hits, 0])
         outcome = rule.issue(selection, counts)
         p = ops.clopper_pearson_lower(torch.tensor(hits), 1000, 0.001)
-        radius = _C.product_down(0.25, float(ops.normal_quantile(p))) if float(p) > 0.5 else 0.0
+        z = float(ops.normal_quantile(p))
+        radius = _C.product_down(sigma, z) if float(p) > 0.5 else 0.0
+        higher += float(p) > 0.5 and radius < sigma * z
         expected = (0 if float(p) > 0.5 else -1, 0, float(p), max(0.0, radius))
         assert (outcome.prediction, outcome.selected, outcome.p_lower, outcome.radius) == expected
+    assert higher > 0  # cases in which a radius to the nearest would be seen

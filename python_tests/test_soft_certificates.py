@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import mpmath as mp
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import pacd_fast
 from pacd_fast import ops
+from pacd_fast.certification import soft
 from pacd_fast.certification.soft import UNIT, bernstein_lower
 from pacd_fast.randomness import Stream
 
@@ -93,3 +98,19 @@ def test_bernstein_is_rounded_down():
             exact = total / (count * UNIT) - mp.sqrt(2 * variance * t / count) - 7 * t / (3 * (count - 1))
             bound = mp.mpf(bernstein_lower(total, squares, n, alpha))
             assert bound <= exact and exact - bound <= mp.mpf(2) ** -52 * max(1, abs(exact))
+
+
+@pytest.mark.parametrize(("bound", "prediction"), [(0.5, -1), (math.nextafter(0.5, 1), 0)])
+def test_a_bound_of_one_half_certifies_nothing(monkeypatch, bound, prediction):
+    monkeypatch.setattr(soft, "bernstein_lower", lambda total, squares, n, alpha: bound if total < n * UNIT else 1.0)
+    found = pacd_fast.soft_certify(logits_of, torch.ones(1, 2), num_classes=2, sigma=0.1, n=100, seed=1)
+    assert found.p_lower.tolist() == [bound] and found.prediction.tolist() == [prediction]
+
+
+def test_levels_that_are_none_are_refused_and_results_stay_as_they_are():
+    for alpha in (0.0, 1.0, 1.5):
+        with pytest.raises(ValueError, match=rf"alpha must be in \(0, 1\), not {alpha}"):
+            pacd_fast.soft_certify(logits_of, torch.ones(1, 2), num_classes=2, sigma=0.1, n=100, alpha=alpha)
+    found = pacd_fast.soft_certify(logits_of, torch.ones(1, 2), num_classes=2, sigma=0.1, n=100, seed=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.radius = found.radius + 1

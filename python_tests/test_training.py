@@ -20,7 +20,7 @@ from pacd_fast.cli import main
 from pacd_fast.data import as_float, load_dataset
 from pacd_fast.networks import build, load_checkpoint
 from pacd_fast.randomness import mix
-from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit, loop, loss_of
+from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, augmentation, fit, loss_of
 
 SHAPE = (1, 4, 4)
 
@@ -223,7 +223,8 @@ def test_augmentation_flips_and_crops():
     flipped = nn.functional.pad(image.flip(3), (4, 4, 4, 4))
     crops = [wide[..., r : r + 5, c : c + 5] for wide in (padded, flipped) for r in range(9) for c in range(9)]
     crops = {tuple(crop.flatten().tolist()) for crop in crops}
-    x = loop._augmented(image.expand(4000, 3, 5, 5), torch.Generator().manual_seed(0))
+    moves = augmentation.moves_of(torch.arange(4000), 300, 200, torch.Generator().manual_seed(0))
+    x = augmentation.augmented(image.expand(4000, 3, 5, 5), moves)
     assert {tuple(each) for each in x.flatten(1).tolist()} == crops
 
 

@@ -199,13 +199,34 @@ class _GaussNewton:
 
     def mixed(self, q: Tensor) -> list[Tensor | None]:
         """d <d loss(outputs) / d inner, q> / d outer = d <d loss / d outputs, J q> / d outer."""
+        normalises = _normalises(self.slope)
         del self.slope  # the graph of the products: from here on there is another one
+        if normalises:
+            return linearised(self.lower, self.arguments, self.u, self.v, "hessian").mixed(q)
         values, pushed = self._tangent(shaped(q, self.v))
         _, slope = self._sloped(values)
         total = sum((s * p).sum() for s, p in zip(slope, pushed, strict=True))
         if not (isinstance(total, Tensor) and total.requires_grad):  # nothing depends on outer
             return [None] * len(self.u)
         return list(torch.autograd.grad(total, self.u, allow_unused=True))
+
+
+def _normalises(values: Sequence[Tensor]) -> bool:
+    """Whether batch, instance or layer norm is in a graph.
+
+    Derivatives of their tangents are wrong in torch, which takes their statistics for constants (torch 2.15; see
+    https://github.com/pytorch/pytorch/issues/196699).
+    """
+    waiting = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if "BatchNorm" in node.name() or "LayerNorm" in node.name():
+            return True
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        waiting += new
+    return False
 
 
 class _Fresh:

@@ -63,10 +63,10 @@ def minres(
     With a preconditioner M it is the least in the norm r . M r; the stopping test sees the residual itself.
     """
     r = b - a(q) if bool(q.any()) else b.clone()
-    size = float(b.norm())
     z = r if precondition is None else precondition(r)
     beta = r.norm() if precondition is None else _root(r.dot(z))
-    residual = float(beta if precondition is None else r.norm()) / size
+    size, phi, residual = torch.stack([b.norm(), beta, r.norm()]).tolist()
+    residual = residual / size
     if residual <= tolerance:
         return Iterate(q, residual)
     p, p_before = r / beta, torch.zeros_like(b)  # Lanczos vectors: p of residuals, v = M p of solutions
@@ -76,14 +76,15 @@ def minres(
     del z
     d1, d2 = torch.zeros_like(b), torch.zeros_like(b)
     c, s, c_old, s_old, beta_k = 1.0, 0.0, 1.0, 0.0, 0.0
-    phi, norm, singular = float(beta), 0.0, False
+    norm, singular = 0.0, False
     epsilon_a = torch.finfo(b.dtype).eps ** 0.75
     for _ in range(steps):
         w = a(v)
-        alpha = float(v.dot(w))
-        w = w - alpha * p - beta_k * p_before
+        along = v.dot(w)
+        w = w - along * p - beta_k * p_before
         z = w if precondition is None else precondition(w)
-        beta_next = float(w.norm() if precondition is None else _root(w.dot(z)))
+        across = w.norm() if precondition is None else _root(w.dot(z))
+        alpha, beta_next = torch.stack([along, across]).tolist()  # the one wait of a step
         # the new column of the tridiagonal matrix, by the two last rotations and a new one
         epsilon, bar = s_old * beta_k, c_old * beta_k
         delta, gamma_bar = c * bar + s * alpha, -s * bar + c * alpha

@@ -9,7 +9,6 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -205,7 +204,6 @@ def certify_dataset(
         run = dataclasses.replace(run, **engine)
     ranks.agree(
         {
-            "pacd_fast": version("pacd_fast"),
             **dataclasses.asdict(run),
             **engine,
             "images": zlib.crc32(str(list(chosen)).encode()),

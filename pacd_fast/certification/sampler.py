@@ -21,7 +21,7 @@ from pacd_fast.certification.sharing import Share
 Pieces: TypeAlias = Iterable[tuple[int, int, int, int, int]]
 """Samples [first, first + count) of an image on a stream, counted in a slot: (image, stream, first, count, slot)."""
 
-AHEAD = 2  # batches that a card may run ahead of the votes that the host has seen
+AHEAD = {"cpu": 0, "cuda": 2}  # batches that a device may run ahead of the votes that the host has seen
 
 
 class Sampler:
@@ -30,15 +30,18 @@ class Sampler:
     def __init__(self, classifier: BaseClassifier, copies: Copies):
         self.classifier, self.copies = classifier, copies
         self.rows, self._batch = classifier.engine.rows, classifier.empty()
+        self._pass = classifier.over(self._batch)
 
     def logits(self, pieces: Pieces) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [rows, classes] of the classifier on some pieces, row after row; each row's slot; which rows are void.
 
-        Slots are int64 [rows], -1 for rows of the padding and for void ones; void slots int64 [voids] on the CPU, and
-        [rows] on a card, -1 for rows that are not void: nobody waits.
+        Slots are int64 [rows], -1 for rows of the padding and for void ones; void slots int64 [rows], -1 for rows that
+        are not void.  All three are on the classifier's device, and the host does not wait for it; the logits are
+        overwritten by the next call.
         """
         device, start = self.classifier.device, 0
-        where, void = torch.full((self.rows,), -1), torch.zeros(self.rows, dtype=torch.bool, device=device)
+        where = torch.full((self.rows,), -1, pin_memory=device.type == "cuda")
+        void = torch.zeros(self.rows, dtype=torch.bool, device=device)
         for image, stream, first, count, slot in pieces:
             lost = self.copies.draw(self._batch[start : start + count], image, stream, first)
             if lost is not None:
@@ -46,8 +49,7 @@ class Sampler:
             where[start : start + count] = slot
             start += count
         where = where.to(device, non_blocking=True)
-        lost_in = where[void] if device.type == "cpu" else where.masked_fill(~void, -1)
-        return self.classifier(self._batch), where.masked_fill_(void, -1), lost_in
+        return self._pass(), where.masked_fill(void, -1), where.masked_fill(~void, -1)
 
     def decide(
         self, rule: Rule, progress: bool = False, share: Share | None = None
@@ -62,7 +64,7 @@ class Sampler:
         rows = self.rows * share.parts
         votes = _Votes(rows, self.classifier)
         waiting: deque[_Report] = deque()
-        ahead, since = AHEAD if self.classifier.device.type == "cuda" else 0, time.perf_counter()
+        ahead, since = AHEAD.get(self.classifier.device.type, 0), time.perf_counter()
         images, each = len(self.copies.images), rule.n0 + rule.n
         with share.bar(images * each, images, progress) as advance:
             while not planner.done:
@@ -98,17 +100,15 @@ class _Votes:
 
     def add(self, logits: Tensor, where: Tensor, lost: Tensor) -> None:
         ops.tally_votes(self._votes, logits, where)
-        if lost.device.type == "cuda":
-            self._voids.index_add_(0, lost.clamp(min=0), (lost >= 0).long())
-        elif len(lost):
-            self._voids.index_add_(0, lost, torch.ones_like(lost))
+        self._voids.index_add_(0, lost.clamp(min=0), (lost >= 0).long())
 
     def report(self, complete: NDArray[np.int64]) -> _Report:
         """The rows of some slots, on their way to the host; they are zero afterwards."""
-        slots = torch.from_numpy(complete).to(self._votes.device, non_blocking=True)
+        wanted, device = torch.from_numpy(complete), self._votes.device
+        slots = (wanted.pin_memory() if device.type == "cuda" else wanted).to(device, non_blocking=True)
         found = _Report(self._votes[slots], self._voids[slots])
-        self._votes[slots] = 0
-        self._voids[slots] = 0
+        self._votes.index_fill_(0, slots, 0)
+        self._voids.index_fill_(0, slots, 0)
         return found
 
 

@@ -17,7 +17,7 @@ from pacd_fast.ranks import Ranks
 Advance: TypeAlias = Callable[[int, int, int], None]
 """Told how many samples were drawn, how many need not be drawn any more, and how many images were decided."""
 
-TELLING = 0.5  # seconds between what a rank tells the bar
+TELLING = 0.5  # seconds between what a rank tells the bar; more where they are more than 50
 
 
 class Share:
@@ -49,6 +49,7 @@ class SharedImages(Share):
 
     def __init__(self, ranks: Ranks, images: int):
         self.ranks, self._images, self._name = ranks, images, ranks.name()
+        self._pause = max(TELLING, ranks.size / 100)  # the store hears of the bar 300 times a second at most
         self.source = self._next
 
     def _next(self) -> int:
@@ -74,7 +75,7 @@ class SharedImages(Share):
 
             def advance(drawn: int, spared: int, decided: int) -> None:
                 pending[:] += (drawn, spared, decided)
-                if time.monotonic() - told > TELLING:
+                if time.monotonic() - told > self._pause:
                     tell()
 
             yield advance

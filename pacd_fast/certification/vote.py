@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
+import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pacd_fast._C import Outcome
 from pacd_fast.arguments import seed_in_range, whole
-from pacd_fast.certification.classifier import BaseClassifier, Compile, Model
+from pacd_fast.certification.classifier import USUAL, BaseClassifier, Compile, Model
 from pacd_fast.certification.noise import Copies, Noise, Numbers
 from pacd_fast.certification.question import Question
 from pacd_fast.certification.sampler import Sampler
-from pacd_fast.certification.sharing import Share
+from pacd_fast.certification.sharing import Share, SharedImages
 from pacd_fast.data import as_float, as_images, labelled
+from pacd_fast.networks import fingerprint
+from pacd_fast.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def certify(
     compile: Compile = "auto",
     image_ids: Tensor | None = None,
     progress: bool = False,
+    group: Any = None,
 ) -> Certificates:
     """CERTIFY of Cohen et al. 2019 for a batch of images, in l2.
 
@@ -144,12 +149,18 @@ def certify(
             "max-autotune".  A compiled model's votes near a tie may differ.
         image_ids: int64 [N], which noise each image gets; by default 0..N-1.
         progress: show a bar with samples a second, images done and time left.
+        group: a torch.distributed process group that certifies them together: all its processes call this with the same
+            arguments, each draws for the images that it is handed as it asks for them, and all get all certificates.
+            Nothing that is measured then decides how the model is run: batch_size is 256 (4096 on CUDA), compile False
+            where they are not given.
 
     Raises:
         ValueError: for arguments out of range, an n at which nothing could be certified, a model that returns another
-            number of classes or NaN.
+            number of classes or NaN, processes of a group that differ, naming rank and difference.
     """
-    seed = secrets.randbits(63) if seed is None else seed
+    ranks = Ranks.of_group(group)
+    entropy = ranks.everyones(secrets.randbits(63))[0]
+    seed = entropy if seed is None else seed
     images, num_classes = pixels(images), _classes(num_classes)
     every = torch.arange(len(images))
     ids = every if image_ids is None else torch.as_tensor(image_ids)
@@ -165,16 +176,24 @@ def certify(
         numbers[0] - 1, reals[0], reals[1], reals[2] + 1, numbers[1], numbers[2], votes[0], votes[1], seed,
         laws[0] if len(laws) == 1 else laws,
     )  # fmt: skip
+    mine = torch.zeros(len(images), dtype=torch.bool)
     for each, part in parts:
         for found in certify_each(
             model, images[part], num_classes=num_classes, sigma=float(each), n0=n0, n=n, alpha=alpha, radii=radii,
             tolerance=tolerance, sides=sides, futility=futility, noise=noise, step=step, offset=offset, check=check,
             seed=seed, dtype=dtype, batch_size=batch_size, compile=compile, image_ids=ids[part], progress=progress,
+            group=group,
         ):  # fmt: skip
             at = part[found.index]
+            mine[at] = True
             result.prediction[at], result.radius[at], result.p_lower[at] = found.prediction, found.radius, found.p_lower
             result.rival_upper[at], result.samples[at], result.voids[at] = found.rival_upper, found.samples, found.voids
             result.counts[at], result.selection_counts[at] = found.counts, found.selection_counts
+    if group is not None:  # of every row one has other numbers than 0
+        for field in dataclasses.fields(result):
+            if isinstance(tensor := getattr(result, field.name), Tensor):
+                tensor[~mine] = 0
+                tensor.copy_(ranks.summed_tensor(tensor))
     return result
 
 
@@ -201,16 +220,34 @@ def certify_each(
     compile: Compile = "auto",
     image_ids: Tensor | None = None,
     progress: bool = False,
+    group: Any = None,
 ) -> Generator[Certificate, None, None]:
-    """The same as `certify`, one image at a time as they are decided; `seed` is needed, and sigma is one number."""
+    """The same as `certify`, one image at a time as they are decided; `seed` is needed, and sigma is one number.
+
+    group: each process gets those images that it is handed.
+    """
     question = Question.of(sigma, n0, n, alpha, radii, tolerance, sides, futility)
     law = Noise.of(noise, sigma, step, offset)
     question.rule(law.sigma)  # radii beyond reach are refused before the model is prepared
+    if group is not None:
+        first = next(model.parameters(), images) if isinstance(model, nn.Module) else images
+        batch_size = USUAL[getattr(first, "device", torch.device("cpu")).type] if batch_size is None else batch_size
+        compile = False if compile == "auto" else compile
     sampler = sampler_of(
         model, images, num_classes, law, seed, question.n0 + question.likely, dtype=dtype, rows=batch_size,
         compile=compile, check=check, image_ids=image_ids,
     )  # fmt: skip
-    yield from certificates(sampler, question, progress)
+    share = None
+    if group is not None:
+        ranks = Ranks.of_group(group)
+        ids = sampler.copies.ids.tolist()
+        engine = dataclasses.asdict(sampler.classifier.engine)
+        about = {"seed": seed, "noise": str(law), "image_ids": ids, "dtype": str(sampler.classifier.dtype), **engine}
+        about["images"] = zlib.crc32(sampler.copies.images.cpu().numpy().tobytes())
+        network = fingerprint(model) if isinstance(model, nn.Module) else "a function"
+        ranks.agree({"model": network, **dataclasses.asdict(question), **about})
+        share = SharedImages(ranks, len(ids))
+    yield from certificates(sampler, question, progress, share)
 
 
 def certificates(

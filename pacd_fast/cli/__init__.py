@@ -29,7 +29,7 @@ _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("certify", "audit", "reproduce"), "; run the same command again to go on"),
 }
 
-_TOGETHER = ("certify",)  # what several processes do together
+_TOGETHER = ("certify", "train", "audit", "poison", "reproduce")  # what several processes do together
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,10 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(command: str, text: str) -> int:
     """Says what is wrong; of several processes the first one that fails does."""
     ranks = Ranks.of_torchrun()
-    if ranks.fails_first():
-        who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
-        after_bar = "\n" if ranks.rank else ""  # rank 0's
-        print(f"{after_bar}pacd-fast {command}: {who}{text}", file=sys.stderr, flush=True)
+    who = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+    after_bar = "\n" if ranks.rank else ""  # rank 0's
+    ranks.fail(lambda: print(f"{after_bar}pacd-fast {command}: {who}{text}", file=sys.stderr, flush=True))
     return 2
 
 

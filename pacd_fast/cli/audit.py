@@ -31,6 +31,7 @@ from pacd_fast.poisoning import (
     save_audit,
     victims_table,
 )
+from pacd_fast.ranks import Ranks
 from pacd_fast.tables import columns
 from pacd_fast.training import Training
 
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), 1)
     for name in ("others", "attacked", "first_seed"):
         at_least(f"--{name.replace('_', '-')}", getattr(options, name), 0)
-    device = device_of(options.device)
+    device, ranks = device_of(options.device), Ranks.of_torchrun()
     files = {Path(path).stem: path for path in options.poison}
     if len(files) < len(options.poison):
         raise ValueError("two poison files have the same name: rename one")
@@ -89,14 +90,18 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("targeted poison and poison of a class are judged differently: audit them one by one")
         if options.method is not None:
             raise ValueError("--method is for poison of a class: victims of targeted poison train like its surrogates")
+        if ranks.size > 1:
+            raise ValueError("an audit of targeted poison is for one process; torchrun is for poison of a class")
         _audit_targets(options, data, poisons, device)
         return
     settings = _settings(options, data, [aim for aim in aims.values() if isinstance(aim, ClassAim)])
     work = Path(options.work)
     try:
-        found = audit(data, poisons, settings, work, device=device, progress=True)
+        found = audit(data, poisons, settings, work, device=device, progress=True, ranks=ranks)
     except AnotherRun as error:
         raise ValueError(f"{error}; or give another --work") from error
+    if ranks.rank:
+        return
     method, target = settings.training.method, data.class_names[settings.target_class]
     title = f"class {target}, {method}, victims a training set: {settings.seeds}"
     plots.certified_accuracy(dict(pooled_certificates(list(found), settings, work)), work / "curves.png", title)

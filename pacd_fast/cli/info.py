@@ -33,6 +33,34 @@ def run_info(options: argparse.Namespace) -> None:
     print(f"CUDA library  {pacd_fast.ops.cuda_library} ({compiled})")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"CUDA device   {device}")
+    for line in engine_lines():
+        print(line)
+
+
+def engine_lines() -> list[str]:
+    """What `certify` will use here."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    from pacd_fast.certification.classifier import CHOICES, machine
+
+    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        compiler = f"where it pays, by {get_cpp_compiler()}" if chosen.type == "cpu" else "where it pays, by Triton"
+    except Exception:  # whatever the search stumbles over
+        compiler = "never: no C++ compiler was found"
+    rows = ", ".join(map(str, CHOICES[chosen.type]))
+    graph = ", a CUDA graph of it" if chosen.type == "cuda" else ""
+    bfloat16 = "bfloat16 instructions" if _has_bfloat16(chosen) else "no bfloat16 instructions: --dtype float32"
+    return [
+        f"certify uses  {machine(chosen)}; {bfloat16}",
+        f"              batches of {rows} rows, whichever is fastest{graph}; compiled {compiler}",
+    ]
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def run_selftest(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pacd_fast.poisoning import (
     random,
     watermark,
 )
+from pacd_fast.ranks import Ranks
 from pacd_fast.training import METHODS, hyperparameters
 
 ATTACKS = {
@@ -135,16 +137,22 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--epsilon is in pixels from 0 to 1, not {options.epsilon:g}: 16/255, say")
     if out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, not {out.name!r}")
-    resume = getattr(options, "resume", False)
-    new_file(out.with_suffix(".png"), force=options.force or resume)
-    with claimed(out, force=options.force, resume=resume):
+    ranks = Ranks.of_torchrun()
+    if ranks.size > 1 and options.attack in ("watermark", "random"):
+        raise ValueError(f"{options.attack} is for one process; torchrun is for poison that is crafted")
+    options.resume = resume = ranks.restarted() or getattr(options, "resume", False)
+    with ExitStack() as held:
+        if ranks.rank == 0:
+            new_file(out.with_suffix(".png"), force=options.force or resume)
+            held.enter_context(claimed(out, force=options.force, resume=resume))
+        ranks.everyones("rank 0 has claimed it")
         seed_in_range(options.seed)
-        _craft(options, device_of(options.device), out)
+        _craft(options, device_of(options.device), out, ranks)
 
 
-def _craft(options: argparse.Namespace, device: torch.device, out: Path) -> None:
+def _craft(options: argparse.Namespace, device: torch.device, out: Path, ranks: Ranks) -> None:
     if options.attack == "metapoison":
-        _run_metapoison(options, load_data(options), device, out)
+        _run_metapoison(options, load_data(options), device, out, ranks)
         return
     default = {"cifar10": "cifar10", "mnist5k": "mnist-small"}.get(Path(options.data).stem, "mnist")
     preset = PRESETS[options.preset or default]
@@ -160,7 +168,9 @@ def _craft(options: argparse.Namespace, device: torch.device, out: Path) -> None
         opacity = options.opacity
         poison = watermark(data, target_class=target_class, ball=ball, fraction=fraction, opacity=opacity, seed=seed)
     else:
-        poison = _bilevel(options, data, preset, target_class, ball, device, out)
+        poison = _bilevel(options, data, preset, target_class, ball, device, out, ranks)
+    if ranks.rank:
+        return
     poison.save(out)
     partial(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")
@@ -182,7 +192,7 @@ def _craft(options: argparse.Namespace, device: torch.device, out: Path) -> None
 
 def _bilevel(
     options: argparse.Namespace, data: Dataset, preset: Preset, target_class: int, ball: Ball, device: torch.device,
-    out: Path,
+    out: Path, ranks: Ranks,
 ) -> Poison:  # fmt: skip
     """PACD, and standard poisoning."""
     chosen: dict[str, Any] = {}
@@ -199,7 +209,7 @@ def _bilevel(
     there = {"poison_batch": poisons, "clean_batch": len(data.x_train) - poisons}
     fitting = {name: count for name, count in there.items() if 0 < count < getattr(preset.recipe, name)}
     recipe = {**fitting, **given(Recipe, options)}
-    if smaller := [f"--{name.replace('_', '-')} {recipe[name]}" for name in fitting]:
+    if (smaller := [f"--{name.replace('_', '-')} {recipe[name]}" for name in fitting]) and ranks.rank == 0:
         print(f"few images: {', '.join(smaller)}", file=sys.stderr)
     attack = preset.attack(
         options.loss if options.attack == "pacd" else "standard",
@@ -221,10 +231,11 @@ def _bilevel(
         metrics=options.metrics,
         progress=True,
         max_seconds=options.max_seconds,
+        group=ranks.group(),
     )
 
 
-def _run_metapoison(options: argparse.Namespace, data: Dataset, device: torch.device, out: Path) -> None:
+def _run_metapoison(options: argparse.Namespace, data: Dataset, device: torch.device, out: Path, ranks: Ranks) -> None:
     poison_class = data.class_index(options.poison_class)
     target_class = None if options.target_class is None else data.class_index(options.target_class)
     adversarial = options.adversarial_class
@@ -237,7 +248,11 @@ def _run_metapoison(options: argparse.Namespace, data: Dataset, device: torch.de
         **fields,
     )
     attack.chosen(data)
-    poison = metapoison(data, attack, device=device, checkpoint=partial(out), resume=options.resume, progress=True)
+    poison = metapoison(
+        data, attack, device=device, checkpoint=partial(out), resume=options.resume, progress=True, group=ranks.group()
+    )
+    if ranks.rank:
+        return
     poison.save(out)
     partial(out).unlink(missing_ok=True)
     picture = out.with_suffix(".png")

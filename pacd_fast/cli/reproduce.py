@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from pacd_fast.cli.flags import Help, add_fields, device_of, given
-from pacd_fast.experiments import EXPERIMENTS
+from pacd_fast.experiments import EXPERIMENTS, Experiment
 from pacd_fast.files import AnotherRun
+from pacd_fast.ranks import Ranks
 
 
 def add_commands(add: Any) -> None:
@@ -30,7 +33,9 @@ def add_commands(add: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    experiment = EXPERIMENTS[options.preset]
+    experiment, ranks = EXPERIMENTS[options.preset], Ranks.of_torchrun()
+    if ranks.size > 1 and not experiment.shared:
+        raise ValueError(f"{options.preset} is for one process; torchrun is for the tables and figures of PACD")
     if hasattr(options, "device"):
         options.device = str(device_of(options.device))
     settings = experiment.settings(**given(experiment.settings, options))
@@ -38,6 +43,15 @@ def run(options: argparse.Namespace) -> None:
     if settings.results is not None and not Path(settings.results).parent.is_dir():
         where = Path(settings.results)
         raise FileNotFoundError(f"{where}: the folder {where.parent} does not exist; create it or give --results")
+    with contextlib.ExitStack() as quiet:
+        if ranks.rank:  # the first one says it for all
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        _run(options, experiment, settings)
+
+
+def _run(options: argparse.Namespace, experiment: Experiment, settings: Any) -> None:
     try:
         if experiment.scales is None:
             experiment.run(settings)

@@ -20,6 +20,7 @@ from pacd_fast.experiments.flips import FIGURES, FlipsWhere, flips
 from pacd_fast.experiments.lab import FULL, SMALL, Lab, Scale, Where
 from pacd_fast.experiments.metapoison_lab import MetaWhere
 from pacd_fast.experiments.record import add_row, machine, write_table
+from pacd_fast.ranks import Ranks
 
 __all__ = ["EXPERIMENTS", "Experiment", "add_row", "machine", "write_table"]
 
@@ -32,6 +33,7 @@ class Experiment:
         settings: a dataclass whose fields are the command's flags.
         run: takes the settings and, where there is one, the scale.
         scales: the full and the small scale; their fields are flags too.
+        shared: whether torchrun's processes share its victims.
     """
 
     title: str
@@ -39,18 +41,19 @@ class Experiment:
     run: Callable[..., None]
     scales: tuple[Scale, Scale] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: bool = False
 
 
 def _pacd(name: str, title: str, function: Callable[[Lab], None], data: str = "mnist", **smaller: Any) -> Experiment:
     """An experiment on poison of a class; smaller: what `--small` changes of SMALL, to take 20 minutes at most."""
 
     def run(where: Where, scale: Scale) -> None:
-        lab = Lab(name, where, scale)
+        lab = Lab(name, where, scale, ranks=Ranks.of_torchrun())
         function(lab)
         lab.finish()
 
     scales = FULL, dataclasses.replace(SMALL, **smaller)
-    return Experiment(f"{title} (Mehra et al. 2021)", Where, run, scales, {"data": data})
+    return Experiment(f"{title} (Mehra et al. 2021)", Where, run, scales, {"data": data}, True)
 
 
 def _metapoison(title: str, function: Callable[..., metapoison_figures.Report]) -> Experiment:
@@ -71,12 +74,14 @@ EXPERIMENTS: dict[str, Experiment] = {
         "MNIST, class 8, no poison: train by one method, certify 500 test images (PACD, tables 2-4)",
         CleanVictims,
         clean_victims("mnist", "MNIST"),
+        shared=True,
     ),
     "clean-cifar10": Experiment(
         "CIFAR-10, class 8, no poison: train by one method, certify 500 test images (PACD, tables 2-4)",
         CleanVictims,
         clean_victims("cifar10", "CIFAR-10"),
         defaults={"data": "cifar10"},
+        shared=True,
     ),
     "table1": _pacd(
         "table1", "standard poisoning does little to victims that train robustly", pacd_tables.table1, epochs=30

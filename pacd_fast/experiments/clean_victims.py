@@ -16,6 +16,7 @@ from pacd_fast.data import load_dataset
 from pacd_fast.experiments.paper_numbers import CLEAN_DEVIATIONS, RADIUS_TABLES
 from pacd_fast.experiments.record import add_row, machine
 from pacd_fast.networks import load_checkpoint
+from pacd_fast.ranks import Ranks
 from pacd_fast.tables import mean_and_deviation
 from pacd_fast.training import Training, numbered, train
 
@@ -59,20 +60,25 @@ def clean_victims(data_name: str, title: str, target_class: int = 8) -> Callable
             settings.method, {"sigma": settings.sigma}, epochs=settings.epochs, drops=drops, dtype=settings.train_dtype
         )
         chosen = Selection(target_class=target_class, count=settings.count).indices(data.y_test)
-        summaries = []
-        for seed in range(settings.seeds):
-            victim = numbered(work / f"{data_name}-{settings.method}-{settings.sigma:g}.safetensors", seed)
+        ranks = Ranks.of_torchrun()
+        checkpoint = work / f"{data_name}-{settings.method}-{settings.sigma:g}.safetensors"
+        for seed in ranks.handed(settings.seeds):
+            victim = numbered(checkpoint, seed)
             print(f"victim {victim}", file=sys.stderr, flush=True)
             metrics = victim.with_suffix(".jsonl")
+            shown = ranks.rank == 0
             train(
-                victim, data, training, seed=seed, device=settings.device, resume=True, metrics=metrics, progress=True
+                victim, data, training, seed=seed, device=settings.device, resume=True, metrics=metrics, progress=shown
             )
-            file = victim.with_suffix(".tsv")
             certify_dataset(
-                load_checkpoint(victim), data, "test", chosen, file,
-                n=settings.n, dtype=settings.dtype, device=settings.device, progress=True,
+                load_checkpoint(victim), data, "test", chosen, victim.with_suffix(".tsv"),
+                n=settings.n, dtype=settings.dtype, device=settings.device, progress=shown,
             )  # fmt: skip
-            summaries.append(summarize(exactly(file, chosen), [0.0], target_class))
+        ranks.everyones("they are there")
+        if ranks.rank:
+            return
+        files = [numbered(checkpoint, seed).with_suffix(".tsv") for seed in range(settings.seeds)]
+        summaries = [summarize(exactly(file, chosen), [0.0], target_class) for file in files]
         row = _row(settings, drops, [s.acr for s in summaries], [100 * s.aca for s in summaries], data_name)
         key = ["method", "sigma", "epochs", "rate drops at", "trained in", "certified in", "n", "images"]
         print("\n".join(f"{key:14} {value}" for key, value in row.items()))

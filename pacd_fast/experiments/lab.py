@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from pacd_fast.experiments.claims import spread, verdict
 from pacd_fast.experiments.record import add_row
 from pacd_fast.files import replaced
 from pacd_fast.poisoning import PRESETS, Audit, Audited, Ball, Pacd, Poison, Preset, audit, pacd, random, watermark
+from pacd_fast.ranks import Ranks
 from pacd_fast.tables import markdown
 from pacd_fast.training import Training
 
@@ -78,14 +80,20 @@ class Lab:
     where: Where
     scale: Scale
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self.work = Path(self.where.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        # All processes of a run go the same way, and what the others than the first show nobody sees.
+        self._unseen = tempfile.TemporaryDirectory() if self.ranks.rank else None
+        self.shown = self.work if self._unseen is None else Path(self._unseen.name)
 
     @property
     def results(self) -> Path:
-        return Path(self.where.results) if self.where.results else self.work / "results.json"
+        if self.where.results and self.ranks.rank == 0:
+            return Path(self.where.results)
+        return self.shown / "results.json"
 
     @property
     def data_name(self) -> str:
@@ -139,12 +147,11 @@ class Lab:
 
     def crafted(self, name: str, attack: Pacd) -> dict[str, Path]:
         """The poison files of a setting, one per crafting seed, by name; made where they are not there."""
-        found = {}
-        for seed in range(self.scale.poisons):
-            here = dataclasses.replace(attack, seed=seed)
-            label = name if seed == 0 else f"{name}-seed{seed}"
-            epochs = "" if self.scale.craft_epochs is None else f"-crafted{self.scale.craft_epochs}"
-            out = self.work / f"{self.label}-{label}{epochs}.npz"
+        epochs = "" if self.scale.craft_epochs is None else f"-crafted{self.scale.craft_epochs}"
+        labels = [name if seed == 0 else f"{name}-seed{seed}" for seed in range(self.scale.poisons)]
+        found = {label: self.work / f"{self.label}-{label}{epochs}.npz" for label in labels}
+        for seed in self.ranks.handed(self.scale.poisons):
+            here, out = dataclasses.replace(attack, seed=seed), found[labels[seed]]
             if not out.exists():
                 flags: list[object] = ["--target-class", here.target_class, "--epsilon", here.ball.epsilon]
                 flags += [] if here.sigma is None else ["--sigma", here.sigma]
@@ -153,20 +160,21 @@ class Lab:
                 partial = out.with_name(out.name + ".partial")
                 poison = pacd(
                     self.data, here, device=self.where.device, checkpoint=partial, resume=True,
-                    metrics=out.with_suffix(".jsonl"), progress=True,
+                    metrics=out.with_suffix(".jsonl"), progress=self.ranks.rank == 0,
                 )  # fmt: skip
                 poison.save(out)
                 partial.unlink(missing_ok=True)
-            found[label] = out
+        self.ranks.everyones("they are there")
         return found
 
     def baseline(self, kind: str, target_class: int) -> dict[str, Path]:
         """The file of a watermark or of noise in the preset's ball."""
         out = self.work / f"{self.label}-{kind}.npz"
-        if not out.exists():
+        if self.ranks.rank == 0 and not out.exists():
             self.say(f"poison {kind}", "--target-class", target_class, "--out", out)
             make = {"watermark": watermark, "random": random}[kind]
             make(self.data, target_class=target_class, ball=Ball(self.preset.epsilon)).save(out)
+        self.ranks.everyones("it is there")
         return {kind: out}
 
     def training(self, method: str, sigma: float | None, **changes: Any) -> Training:
@@ -200,7 +208,7 @@ class Lab:
             "audit", "--poison", *poisons.values(), "--method", training.method, "--seeds", settings.seeds,
             "--epochs", training.epochs, "--count", settings.images, "--n", settings.n, "--work", work,
         )  # fmt: skip
-        found = audit(self.data, files, settings, work, device=self.where.device, progress=True)
+        found = audit(self.data, files, settings, work, device=self.where.device, progress=True, ranks=self.ranks)
         names = {path.stem: name for name, path in poisons.items()}
         return {names.get(stem, stem): each for stem, each in found.items()}
 
@@ -243,7 +251,7 @@ class Lab:
 
     @property
     def picture(self) -> Path:
-        return self.work / f"{self.label}-{self.name}.png"
+        return self.shown / f"{self.label}-{self.name}.png"
 
 
 def together(audits: Sequence[Audited]) -> Audited:

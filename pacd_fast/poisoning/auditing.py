@@ -17,6 +17,7 @@ from pacd_fast.data import Dataset, random_subset
 from pacd_fast.files import read_json, replaced
 from pacd_fast.networks import load_checkpoint
 from pacd_fast.poisoning.poison import Poison
+from pacd_fast.ranks import Ranks
 from pacd_fast.tables import mean_and_deviation
 from pacd_fast.training import Training, evaluate, evaluation_dict, numbered, train
 
@@ -87,19 +88,72 @@ def audit(
     *,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, Audited]:
     """Audits training sets: clean data first, then each poison under its name.
 
     Every victim, and every certified image, is kept in `work`: run again, an audit goes on where it stopped.
 
-    Raises ValueError for poison of other data, a name that is "clean", and as training and certification do.
+    ranks: the processes that do it together, each of which calls this: victims are handed out to them, and all get the
+        figures, of which rank 0 makes those that no certificate holds.
+
+    Raises ValueError for poison of other data, a name that is "clean", a `work` that the ranks do not share, and as
+    training and certification do.
     """
     if CLEAN in poisons:
         raise ValueError(f"a poison cannot be called {CLEAN!r}: rename the file")
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
     sets = {CLEAN: data, **{name: poison.apply(data) for name, poison in poisons.items()}}
-    return {name: _audited(name, images, data, settings, work, device, progress) for name, images in sets.items()}
+    ranks = Ranks() if ranks is None else ranks
+    if ranks.size > 1:
+        tasks = [(name, *each) for name in sets for each in settings.victims(name, work).items()]
+        made = []
+        for name, seed, victim in map(tasks.__getitem__, ranks.handed(len(tasks))):
+            _certified(seed, victim, sets[name], data, settings, device, progress and ranks.rank == 0)
+            made.append(str(victim.absolute()))
+        there = [path for each in ranks.to_first(made) for path in each]
+        if missing := [path for path in there if not Path(path).exists()]:
+            raise ValueError(
+                f"{missing[0]} is not to be seen from rank 0: --work must be on a disk that all ranks share"
+            )
+    found = {}
+    if ranks.rank == 0:
+        found = {name: _audited(name, images, data, settings, work, device, progress) for name, images in sets.items()}
+    figures = ranks.everyones({name: dataclasses.asdict(each) for name, each in found.items()})[0]
+    return {name: Audited(**each) for name, each in figures.items()}
+
+
+def _certified(
+    seed: int,
+    victim: Path,
+    images: Dataset,
+    data: Dataset,
+    settings: Audit,
+    device: torch.device | str,
+    progress: bool,
+) -> list[Results]:
+    """Trains a victim, as far as it is not there, and certifies it: the images that are asked about, and the others."""
+    metrics = victim.with_suffix(".jsonl")
+    train(victim, images, settings.training, seed=seed, device=device, resume=True, metrics=metrics, progress=progress)
+    checkpoint = load_checkpoint(victim, arch=settings.training.model)
+
+    def certified(out: Path, selection: Selection, n: int) -> Results:
+        chosen = selection.indices(data.y_test)
+        certify_dataset(
+            checkpoint, data, "test", chosen, out,
+            sigma=settings.sigma, n=n, dtype=settings.dtype, device=device, progress=progress,
+        )  # fmt: skip
+        return exactly(out, chosen)
+
+    chosen = Selection(target_class=settings.target_class, count=settings.images, choice=settings.choice)
+    if settings.indices is not None:
+        chosen = Selection(images=settings.indices)
+    found = [certified(settings.certificates(victim), chosen, settings.n)]
+    if settings.others:
+        rest = Selection(except_class=settings.target_class, count=settings.others, choice=settings.choice)
+        found.append(certified(settings.certificates(victim, others=True), rest, settings.others_n))
+    return found
 
 
 def _audited(
@@ -111,27 +165,9 @@ def _audited(
     for number, (seed, victim) in enumerate(victims.items(), 1):
         if progress:
             print(f"{name}, victim {number} of {settings.seeds} (seed {seed})", file=sys.stderr, flush=True)
-        metrics = victim.with_suffix(".jsonl")
-        train(
-            victim, images, settings.training, seed=seed, device=device, resume=True, metrics=metrics, progress=progress
-        )
-        checkpoint = load_checkpoint(victim, arch=settings.training.model)
-
-        def certified(out: Path, selection: Selection, n: int, checkpoint: Any = checkpoint) -> Results:
-            chosen = selection.indices(data.y_test)
-            certify_dataset(
-                checkpoint, data, "test", chosen, out,
-                sigma=settings.sigma, n=n, dtype=settings.dtype, device=device, progress=progress,
-            )  # fmt: skip
-            return exactly(out, chosen)
-
-        chosen = Selection(target_class=settings.target_class, count=settings.images, choice=settings.choice)
-        if settings.indices is not None:
-            chosen = Selection(images=settings.indices)
-        target.append(certified(settings.certificates(victim), chosen, settings.n))
-        if settings.others:
-            rest = Selection(except_class=settings.target_class, count=settings.others, choice=settings.choice)
-            others.append(certified(settings.certificates(victim, others=True), rest, settings.others_n))
+        of_class, *rest = _certified(seed, victim, images, data, settings, device, progress)
+        target.append(of_class)
+        others += rest
     evaluated = _evaluated(name, victims, data, settings, work, device, progress)
     of_target, of_others = [[summarize(each, [0.0]) for each in group] for group in (target, others)]
     return Audited(

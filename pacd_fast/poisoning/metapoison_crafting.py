@@ -28,6 +28,7 @@ from pacd_fast.data import Dataset, as_float
 from pacd_fast.poisoning.metapoison_settings import MetaPoison, adversarial_loss, margin
 from pacd_fast.poisoning.poison import Poison
 from pacd_fast.randomness import Purpose, mix, seeded
+from pacd_fast.ranks import Ranks
 from pacd_fast.training import eval_mode, layout, network_for
 
 
@@ -57,6 +58,7 @@ def metapoison(
     resume: bool = False,
     progress: bool = False,
     after_step: Callable[[int, Poison], object] | None = None,
+    group: Any = None,
 ) -> Poison:
     """Crafts poison (Algorithm 1 of the paper).
 
@@ -69,8 +71,8 @@ def metapoison(
     statistics advance on clean batches alone, and the targets are seen with them, as a victim's user would see them.
     A surrogate whose loss or gradient is not finite gives none, starts again from other weights and is counted.
 
-    Surrogates run in turn: stacked under torch.func.vmap they take as long on a CPU (1.02 times, eight convnets, by
-    benchmarks/bench_metapoison.py) and the memory of all their graphs at once.
+    Surrogates of a process run in turn: stacked under torch.func.vmap they take as long on a CPU (1.02 times, eight
+    convnets, by benchmarks/bench_metapoison.py) and the memory of all their graphs at once.
 
     Args:
         device: where the surrogates are; on the CPU the same settings are the same bits, and on CUDA under
@@ -78,17 +80,22 @@ def metapoison(
         checkpoint: a file that is rewritten after every pretrained surrogate and crafting step; with resume, the run
             goes on from it and ends with the bits of an uninterrupted one.
         after_step: called with the step's number, from 0, and the poison as it is then; after a kill, once more.
+        group: a torch.distributed process group that crafts together: all its processes call this with the same
+            arguments, share the surrogates, and get the same poison.  Gradients are added in float64, in whatever
+            order: the float32 sum is that of one process, unless it lies within 2^-52 of a tie, relative to the sum of
+            the gradients' sizes.  Rank 0 alone writes, calls after_step and shows a bar; all read the checkpoint.
 
     Returns:
         The poison, with the attack's settings, target_labels, target_classes, and `history`: a `Step` a crafting step.
 
     Raises:
-        ValueError: for settings that do not fit the data, or a checkpoint of another run.
+        ValueError: for settings that do not fit the data, a checkpoint of another run, or processes of a group that
+            differ, naming rank and difference.
     """
-    device = torch.device(device)
+    device, ranks = torch.device(device), Ranks.of_group(group)
     attack.ball.check(data)
     index, labels = attack.chosen(data)
-    crafting = _Crafting(data, attack, index, device)
+    crafting = _Crafting(data, attack, index, device, ranks)
     about = {**attack.settings(), "target_labels": labels, "poisons": len(index)}
 
     def poison() -> Poison:
@@ -98,13 +105,19 @@ def metapoison(
     path = None if checkpoint is None else writable(checkpoint)
     if path is not None and resume:
         crafting.resume(path)
+    there = sorted(crafting.there)
+    ranks.agree(
+        {**crafting.described(), "device": device.type, "surrogates there": there, "step": len(crafting.history)}
+    )
     if device.type == "cpu":
         _C.keep_freed_memory()
-    begun = [attack.start(number) for number in range(attack.surrogates)]
-    work = [*begun, *[attack.surrogates * crafting.weight] * attack.steps]  # in clean epochs
+    begun = [attack.start(number) for number in range(ranks.rank, attack.surrogates, ranks.size)]
+    work = [*begun, *[len(begun) * crafting.weight] * attack.steps]  # in clean epochs
+    progress = progress and ranks.rank == 0
     if progress:
+        epochs = sum(map(attack.start, range(attack.surrogates)))
         print(
-            f"{attack.surrogates} surrogates, pretrained for {sum(begun)} epochs in all, then {attack.steps} crafting "
+            f"{attack.surrogates} surrogates, pretrained for {epochs} epochs in all, then {attack.steps} crafting "
             "steps of an epoch each",
             file=sys.stderr,
         )
@@ -115,14 +128,18 @@ def metapoison(
     )  # fmt: skip
     with bar:
         crafting.passed = bar.update
-        while len(crafting.surrogates) < attack.surrogates:
-            surrogate = crafting.fresh(len(crafting.surrogates))
-            bar.set_description_str(f"surrogate {surrogate.number + 1} of {attack.surrogates}")
-            for _ in range(attack.start(surrogate.number)):
-                crafting.epoch(surrogate, None)
-            crafting.surrogates.append(surrogate)
+        for first in range(0, attack.surrogates, ranks.size):  # one for each process
+            if set(range(first, min(first + ranks.size, attack.surrogates))) <= crafting.there:
+                continue
+            if (number := first + ranks.rank) < attack.surrogates and number not in crafting.there:
+                bar.set_description_str(f"surrogate {number + 1} of {attack.surrogates}")
+                surrogate = crafting.fresh(number)
+                for _ in range(attack.start(number)):
+                    crafting.epoch(surrogate, None)
+                crafting.surrogates.append(surrogate)
             if path is not None:
                 crafting.save(path)
+        crafting.surrogates.sort(key=lambda surrogate: surrogate.number)
         for number in range(len(crafting.history), attack.steps):
             bar.set_description_str(f"step {number + 1} of {attack.steps}")
             now = crafting.step()
@@ -131,10 +148,11 @@ def metapoison(
                 f"success {now.success:.0%}" + (f", {now.lost} lost" if now.lost else ""),
                 refresh=False,
             )
-            if after_step is not None:
+            if after_step is not None and ranks.rank == 0:
                 after_step(now.step, poison())
             if path is not None:  # last: a kill before it repeats the step, and what comes after it, with the same bits
                 crafting.save(path)
+    ranks.everyones("rank 0 has written")
     return poison()
 
 
@@ -150,10 +168,16 @@ class _Surrogate:
 
 
 class _Crafting:
-    """The state of a run: the perturbed images u [P, ...], Adam's, the surrogates, and the history."""
+    """The state of a run: the perturbed images u [P, ...], Adam's, this process's surrogates, and the history.
 
-    def __init__(self, data: Dataset, attack: MetaPoison, index: Tensor, device: torch.device) -> None:
+    there: numbers of the surrogates of all processes that a checkpoint has.
+    """
+
+    def __init__(
+        self, data: Dataset, attack: MetaPoison, index: Tensor, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.data, self.attack, self.device = data, attack, device
+        self.ranks = Ranks() if ranks is None else ranks
         self.images, self.labels = data.x_train.to(device), data.y_train.to(device)
         self.targets = as_float(data.x_test[list(attack.target_index)]).to(device)
         self.targets = self.targets.contiguous(memory_format=layout(self.targets))
@@ -164,6 +188,7 @@ class _Crafting:
         self.u = attack.ball.fill(self.base.cpu(), generator).to(device).requires_grad_()
         self.adam = torch.optim.Adam([self.u], lr=attack.craft_rate(0))
         self.surrogates: list[_Surrogate] = []
+        self.there: set[int] = set()
         self.history: list[Step] = []
         # What an epoch with look-ahead takes in clean ones, for the time left; with 2 steps: resnet20 12, mnist-cnn 6.
         self.weight = 1 + 5 * attack.unroll
@@ -180,8 +205,8 @@ class _Crafting:
     def step(self) -> Step:
         """One crafting step: an epoch of every surrogate, and a step of Adam."""
         started, number = time.perf_counter(), len(self.history)
-        total, given = torch.zeros_like(self.base), 0
-        passed = []
+        total = torch.zeros_like(self.base, dtype=torch.float64)  # in which the order does not matter
+        sums = torch.zeros(6, dtype=torch.float64)  # of the numbers, and how many surrogates gave some
         for place, surrogate in enumerate(self.surrogates):
             if surrogate.epoch == self.attack.epochs:
                 surrogate = self.surrogates[place] = self.fresh(surrogate.number, surrogate.generation + 1)
@@ -189,18 +214,19 @@ class _Crafting:
             if not all(math.isfinite(value) for value in numbers) or not bool(torch.isfinite(gradient).all()):
                 self.surrogates[place] = self.fresh(surrogate.number, surrogate.generation + 1)
                 continue
-            total, given = total + gradient, given + 1
-            passed.append(numbers)
-        if given == 0:
+            total += gradient
+            sums += torch.tensor([*numbers, 1.0], dtype=torch.float64)
+        total, sums = self.ranks.summed_tensor(total), self.ranks.summed_tensor(sums)
+        if (given := int(sums[5])) == 0:
             raise ValueError(f"no surrogate has a finite gradient in crafting step {number}: give a smaller lr")
         for group in self.adam.param_groups:
             group["lr"] = self.attack.craft_rate(number)
-        self.u.grad = total / given
+        self.u.grad = (total / given).to(self.u.dtype)
         self.adam.step()
         with torch.no_grad():
             self.u.copy_(self.attack.ball.project(self.u, self.base))
-        before, after, margins, success, training = (sum(column) / given for column in zip(*passed, strict=True))
-        lost, seconds = len(self.surrogates) - given, time.perf_counter() - started
+        before, after, margins, success, training = (sums[:5] / given).tolist()
+        lost, seconds = self.attack.surrogates - given, time.perf_counter() - started
         self.history.append(Step(number, before, after, margins, success, training, lost, seconds))
         return self.history[-1]
 
@@ -273,32 +299,37 @@ class _Crafting:
         success = (before < 0).float().mean()
         return found.gradient, torch.stack([found.before, found.after, before.mean(), success])
 
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         ball = {"epsilon": self.attack.ball.epsilon, "norm": self.attack.ball.norm}
         data = {"data": self.data.fingerprint, "train_images": len(self.images)}
         return {**self.attack.settings(), **ball, **data}
 
     def save(self, path: Path) -> None:
+        """Rank 0 writes what all have."""
+        mine = [
+            {
+                "number": s.number,
+                "generation": s.generation,
+                "epoch": s.epoch,
+                "model": s.model.state_dict(),
+                "optimizer": s.optimizer.state_dict(),
+            }
+            for s in self.surrogates
+        ]
+        surrogates = [each for theirs in self.ranks.gathered(mine) for each in theirs]
+        if self.ranks.rank:
+            return
         state = {
             "u": self.u.detach(),
             "adam": self.adam.state_dict(),
             "history": [dataclasses.asdict(step) for step in self.history],
-            "surrogates": [
-                {
-                    "number": s.number,
-                    "generation": s.generation,
-                    "epoch": s.epoch,
-                    "model": s.model.state_dict(),
-                    "optimizer": s.optimizer.state_dict(),
-                }
-                for s in self.surrogates
-            ],
+            "surrogates": sorted(surrogates, key=lambda each: each["number"]),
         }
-        files.write(path, self._described(), state)
+        files.write(path, self.described(), state)
 
     def resume(self, path: Path) -> None:
         """Takes up the state in a file, where there is one.  Raises ValueError where it is not of this run."""
-        state = files.read(path, self._described(), "crafting", self.device)
+        state = files.read(path, self.described(), "crafting", self.device)
         if state is None:
             return
         with files.taken_up(path), torch.no_grad():
@@ -306,6 +337,9 @@ class _Crafting:
             self.adam.load_state_dict(state["adam"])
             self.history = [Step(**step) for step in state["history"]]
             for each in state["surrogates"]:
+                self.there.add(each["number"])
+                if each["number"] % self.ranks.size != self.ranks.rank:
+                    continue
                 surrogate = self.fresh(each["number"], each["generation"])
                 surrogate.epoch = each["epoch"]
                 surrogate.model.load_state_dict(each["model"])

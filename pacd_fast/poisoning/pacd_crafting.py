@@ -24,25 +24,32 @@ from pacd_fast.data import Dataset, as_float, random_subset
 from pacd_fast.poisoning.pacd_settings import Pacd
 from pacd_fast.poisoning.poison import Poison
 from pacd_fast.randomness import Purpose, mix, seeded
-from pacd_fast.training import SmoothAdv, eval_mode, network_for
+from pacd_fast.ranks import Ranks
+from pacd_fast.training import SmoothAdv, Split, eval_mode, network_for, splittable
 
 
-def lower_problem(network: nn.Module, loss: Any, clean: Tensor, y: Tensor, seed: int, poison: Tensor) -> Composite:
+def lower_problem(
+    network: nn.Module, loss: Any, clean: Tensor, y: Tensor, seed: int, poison: Tensor, *, rows: slice = slice(None),
+    weight: float = 1.0, **numbered: Tensor,
+) -> Composite:  # fmt: skip
     """A training loss as (poison batch, network) -> scalar.
 
     The batch is the clean images and after them the poison; labels y [clean + poison].  SmoothAdv's perturbation is
     found at the network's weights and then held (Mehra et al. 2021, 4.3).  Every evaluation draws the same dropout.
+
+    Of a batch that processes share, clean and y are one's, `rows` its poison, numbered its image_ids (see `Loss`);
+    weight: a factor of the loss.
     """
     shift = torch.zeros((), device=clean.device)
     if isinstance(loss, SmoothAdv):
-        shift = loss.perturbation(network, torch.cat([clean, poison.detach()]), y, seed=seed)
+        shift = loss.perturbation(network, torch.cat([clean, poison.detach()[rows]]), y, seed=seed, **numbered)
 
     def outputs(u: Tensor, network: nn.Module) -> Tensor:
         with seeded(clean.device, mix(seed, Purpose.PACD_PROBLEM_DROPOUT)):
-            logits: Tensor = network(loss.inputs(torch.cat([clean, u]) + shift, seed=seed))
+            logits: Tensor = network(loss.inputs(torch.cat([clean, u[rows]]) + shift, seed=seed, **numbered))
         return logits
 
-    return Composite(outputs, lambda logits: loss.of_logits(logits, y))
+    return Composite(outputs, lambda logits: weight * loss.of_logits(logits, y))
 
 
 def pacd(
@@ -56,6 +63,7 @@ def pacd(
     progress: bool = False,
     max_seconds: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
+    group: Any = None,
 ) -> Poison:
     """Crafts poison for a class against victims that train with `attack.loss`.
 
@@ -68,6 +76,10 @@ def pacd(
         metrics: a file of JSON lines, one per outer step: epoch, upper, lower, residual, products, seconds.
         max_seconds: stop crafting after the outer step in which so much time has passed; clock: in whose seconds,
             time.process_time say.
+        group: a torch.distributed process group that crafts together: all its processes call this with the same
+            arguments, take their rows of every batch of the lower and the upper loss, and get the poison of one
+            process, up to the order of summation.  The losses must be means over images that take image_ids.  Rank 0
+            alone writes and shows a bar, and its clock counts; all read the checkpoint.
 
     The poison's settings count `restarts_nan`, how often the upper or lower cost was not finite and the weights were
     re-initialised (as the authors do), and `unsolved`, how many linear systems ended no better than q = 0 (the authors'
@@ -76,7 +88,8 @@ def pacd(
 
     Raises:
         ValueError: for a class that is not there, fewer images than a batch, numbers out of range, a checkpoint of
-            another run, or costs that are never finite.
+            another run, costs that are never finite; with a group, losses without image_ids, a network with dropout,
+            processes that differ.
     """
     recipe = attack.recipe
     attack.ball.check(data)
@@ -106,11 +119,18 @@ def pacd(
     held = {"train_images": len(data.x_train), "validation": len(data.x_val)}
     ball = {"epsilon": attack.ball.epsilon, "norm": attack.ball.norm}
     described = {**settings, **held, "data": f"{data.name}@{data.fingerprint}", **ball}
-    crafting = _Crafting(data, chosen, upper_images, attack, torch.device(device))
+    ranks = Ranks.of_group(group)
+    if ranks.size > 1 and not (splittable(attack.loss) and splittable(attack.cost)):
+        raise ValueError("the losses must take image_ids, the rows' numbers, for batches to be split over processes")
+    crafting = _Crafting(data, chosen, upper_images, attack, torch.device(device), ranks)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and resume:
         crafting.resume(path, described)
+    ranks.agree({**described, "device": crafting.device.type, "done": crafting.outer_steps})
+    if ranks.rank:
+        path = metrics = None
     crafting.run(path, described, None if metrics is None else Path(metrics), progress, max_seconds, clock)
+    ranks.everyones("rank 0 has written")
     settings |= {name: getattr(crafting, name) for name in ("restarts_nan", "unsolved", "outer_steps")}
     settings["seconds"] = round(crafting.seconds, 1)
     kind = "pacd" if attack.sigma is not None else "standard"
@@ -158,8 +178,9 @@ class _Crafting:
         upper_images: tuple[Tensor, Tensor],
         attack: Pacd,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
-        self.data, self.attack, self.upper, self.device = data, attack, attack.cost, device
+        self.data, self.attack, self.upper, self.device, self.ranks = data, attack, attack.cost, device, ranks
         self.recipe, self.seed = attack.recipe, attack.seed
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
         self.x_upper, self.y_upper = as_float(upper_images[0]).to(device), upper_images[1].to(device)
@@ -183,6 +204,7 @@ class _Crafting:
             network = network_for(self.attack.model, self.data)
         self.starts += 1
         self.network = network.to(self.device, memory_format=torch.channels_last).train()
+        self.split = Split(self.ranks, self.network)
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.recipe.lower_lr, fused=fused)
         self.q: Tensor | None = None
@@ -221,7 +243,8 @@ class _Crafting:
         saved = time.monotonic()
         if metrics is not None:
             files.keep_lines(metrics, self.outer_steps)
-        with tqdm(total=total, initial=done, unit="step", disable=not progress, mininterval=1.0) as bar:
+        hidden = not progress or self.ranks.rank > 0
+        with tqdm(total=total, initial=done, unit="step", disable=hidden, mininterval=1.0) as bar:
             while self.epoch < self.recipe.epochs and self.seconds < max_seconds:
                 if self.step == 0 and self.epoch % self.recipe.restart == 0 and self.epoch > 0:
                     self.restart()
@@ -230,7 +253,7 @@ class _Crafting:
                     with seeded(self.device, mix(self.seed, Purpose.PACD_DROPOUT, self.epoch, self.step)):
                         line = self.outer_step()
                     self.step += 1
-                    self.seconds += clock() - started
+                    self.seconds += self.ranks.everyones(clock() - started)[0]
                     self.outer_steps += 1
                     bar.update()
                     bar.set_postfix_str(
@@ -254,25 +277,35 @@ class _Crafting:
         """One batch of poison: lower steps on the weights, the hypergradient, a step of the poison."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(mix(self.seed, Purpose.PACD_ORDER, self.epoch))
-        here = torch.randperm(len(self.base), generator=generator).split(recipe.poison_batch)[self.step]
+        order = torch.randperm(len(self.base), generator=generator)
+        here = order.split(recipe.poison_batch)[self.step].to(self.device)
         draw = torch.Generator().manual_seed(mix(self.seed, Purpose.PACD_BATCHES, self.epoch, self.step))
+        *batches, x_y = self._clean_batches(draw, recipe.lower_steps + 1)
         u, labels = self.u[here], self.labels[here]
         loss = self.attack.loss
         if hasattr(loss, "at_epoch"):
             loss = loss.at_epoch(self.epoch % recipe.restart)
-        for lower_step in range(recipe.lower_steps):
-            x, y = self._clean_batch(draw)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for lower_step, (x, y) in enumerate(batches):
+            rows, numbered, share = self._mine(x, u)
             noise = mix(self.seed, Purpose.PACD_LOWER_NOISE, self.epoch, self.step, lower_step)
-            value = loss(self.network, torch.cat([x, u]), torch.cat([y, labels]), seed=noise)
-            if not math.isfinite(float(value.detach())):
-                return self._not_finite()
+            batch = torch.cat([x[rows[0]], u[rows[1]]]), torch.cat([y[rows[0]], labels[rows[1]]])
+            with self.split.batch_norm(self.network, share):
+                value = share * loss(self.network, *batch, seed=noise, **numbered)
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
+            finite = finite & self.split.add_up(self.network.parameters(), value.detach()).isfinite()
             self.optimizer.step()
-        x, y = self._clean_batch(draw)
+        if not bool(finite):
+            return self._not_finite()
+        x, y = x_y
+        rows, numbered, share = self._mine(x, u)
         noise = mix(self.seed, Purpose.PACD_PROBLEM_NOISE, self.epoch, self.step)
-        problem = lower_problem(self.network, loss, x, torch.cat([y, labels]), noise, u)
-        with warnings.catch_warnings():
+        problem = lower_problem(
+            self.network, loss, x[rows[0]], torch.cat([y[rows[0]], labels[rows[1]]]), noise, u,
+            rows=rows[1], weight=share * self.ranks.size, **numbered,
+        )  # fmt: skip
+        with warnings.catch_warnings(), self.split.batch_norm(self.network, share):
             warnings.simplefilter("ignore", SolverWarning)  # counted below, and reported with the poison
             gradient, found, upper, lower = hypergradient(
                 self._cost(draw),
@@ -286,18 +319,20 @@ class _Crafting:
                 tolerance=recipe.tolerance,
                 warm_start=self.q,
                 with_solution=True,
+                group=self.ranks.group(),
                 **recipe.solver_options(),
             )
-        if not (math.isfinite(float(upper)) and math.isfinite(float(lower))):
+        up, low, sound = torch.stack([upper, lower, torch.isfinite(gradient).all().to(upper.dtype)]).tolist()
+        if not (math.isfinite(up) and math.isfinite(low)):
             return self._not_finite()
         self.unsolved += found.diverged
-        if bool(torch.isfinite(gradient).all()):
+        if sound:
             self.q = found.q
-            self._move(here.to(self.device), gradient)
+            self._move(here, gradient)
         else:  # the solver ran away: leave this step out, and begin the next system from 0
             self.q = None
         return {
-            "epoch": self.epoch, "upper": float(upper), "lower": float(lower), "residual": found.residual,
+            "epoch": self.epoch, "upper": up, "lower": low, "residual": found.residual,
             "products": found.products,
         }  # fmt: skip
 
@@ -307,17 +342,26 @@ class _Crafting:
         chosen = torch.randperm(len(self.x_upper), generator=draw)[:count].to(self.device)
         x, y = self.x_upper[chosen], self.y_upper[chosen]
         seed = mix(self.seed, Purpose.PACD_UPPER_NOISE, self.epoch, self.step)
+        (rows,), share = self.split.rows(len(x))
+        x, y, numbered, weight = x[rows], y[rows], self.split.numbered(rows), share * self.ranks.size
 
         def cost(u: Tensor, network: nn.Module) -> Tensor:
             with eval_mode(network):  # as a victim is certified
-                return self.upper(network, x, y, seed=seed)
+                return weight * self.upper(network, x, y, seed=seed, **numbered)
 
         return cost
 
-    def _clean_batch(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = self.clean[torch.randperm(len(self.clean), generator=draw)[: self.recipe.clean_batch]]
-        index = index.to(self.device)
-        return as_float(self.x_train[index]), self.y_train[index]
+    def _mine(self, clean: Tensor, poison: Tensor) -> tuple[list[slice], dict[str, Tensor], float]:
+        """This process's rows of a lower-level batch: of its clean images, of its poison; their numbers and share."""
+        rows, share = self.split.rows(len(clean), len(poison))
+        after = slice(rows[1].start + len(clean), rows[1].stop + len(clean))
+        return rows, self.split.numbered(rows[0], after), share
+
+    def _clean_batches(self, draw: torch.Generator, count: int) -> list[tuple[Tensor, Tensor]]:
+        """So many batches of clean images, drawn on the host and brought over together."""
+        size = self.recipe.clean_batch
+        drawn = [self.clean[torch.randperm(len(self.clean), generator=draw)[:size]] for _ in range(count)]
+        return [(as_float(self.x_train[index]), self.y_train[index]) for index in torch.stack(drawn).to(self.device)]
 
     def _not_finite(self) -> dict[str, Any]:
         self.restarts_nan += 1

@@ -19,7 +19,10 @@ from pacd_fast.training import layout, loss_of
 
 
 class Upper(Protocol):
-    """What the attacker lowers: images [B, ...] and labels [B] of the target class to a scalar."""
+    """What the attacker lowers: images [B, ...] and labels [B] of the target class to a scalar.
+
+    Those of this module are means over images, and take image_ids, int64 [B], as losses do.
+    """
 
     def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int) -> Tensor: ...
 
@@ -34,8 +37,11 @@ class Radius:
     beta: float = 16.0
     squeeze: float = 0.001
 
-    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        noisy = ops.noisy_copies(x, self.sigma, self.copies, seed, stream=Stream.UPPER_LOSS, memory_format=layout(x))
+    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None) -> Tensor:
+        ids = None if image_ids is None else image_ids.to(x.device)
+        noisy = ops.noisy_copies(
+            x, self.sigma, self.copies, seed, image_ids=ids, stream=Stream.UPPER_LOSS, memory_format=layout(x)
+        )
         logits = model(noisy).view(len(x), self.copies, -1)
         return ops.soft_radius(logits, y, beta=self.beta, sigma=self.sigma, squeeze=self.squeeze).mean()
 
@@ -45,7 +51,7 @@ class Accuracy:
     """Minus the cross-entropy, without noise: standard poisoning, which is after the accuracy (equation 4, whose
     minimum is meant as the worst validation loss)."""
 
-    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+    def __call__(self, model: Any, x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None) -> Tensor:
         return -F.cross_entropy(model(x.contiguous(memory_format=layout(x))), y)
 
 

@@ -1,7 +1,8 @@
 """Training base classifiers and measuring them.
 
-`losses` has one signature for all methods, `loop` is `fit`, `victims` a network from scratch with the papers' settings
-on disk, `evaluation` accuracy and the distortion that PGD needs.  Imports `arguments`, `files`, `randomness`, `tables`,
+`losses` has one signature for all methods, `loop` is `fit` (`augmentation`: flips, crops; `watching`: what is seen on
+the way, `splitting`: a batch shared by processes), `victims` a network from scratch with the papers' settings on disk,
+`evaluation` accuracy and the distortion that PGD needs.  Imports `arguments`, `files`, `randomness`, `ranks`, `tables`,
 `ops`, `data`, `networks`.
 """
 
@@ -16,6 +17,7 @@ from pacd_fast.training.evaluation import (
 )
 from pacd_fast.training.loop import OPTIMIZERS, digest, fit
 from pacd_fast.training.losses import METHODS, Gaussian, Loss, Macer, SmoothAdv, Standard, eval_mode, layout
+from pacd_fast.training.splitting import Split, splittable
 from pacd_fast.training.victims import Training, hyperparameters, loss_of, network_for, numbered, train
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Loss",
     "Macer",
     "SmoothAdv",
+    "Split",
     "Standard",
     "Training",
     "correct",
@@ -42,5 +45,6 @@ __all__ = [
     "loss_of",
     "network_for",
     "numbered",
+    "splittable",
     "train",
 ]

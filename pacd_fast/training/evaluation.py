@@ -24,6 +24,7 @@ from pacd_fast.training.losses import SmoothAdv, eval_mode, frozen, layout
 
 RADII = tuple(10.0 ** (exponent / 10) for exponent in range(-20, 11))  # 0.01 to 10, ten per factor of ten
 ROWS = 512  # rows a pass through the network
+DROPPED = 5  # steps of PGD after which images that are wrong already leave the batch: asking waits for the card
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,12 @@ class _Attack:
     def run(self, x: Tensor, y: Tensor, ids: Tensor, radius: Tensor, steps: int) -> Tensor:
         """The norm of the first wrong iterate of each image, inf where there is none; [B]."""
         norms = torch.full_like(radius, math.inf)
-        active = torch.arange(len(x), device=x.device)
+        active = torch.arange(len(x), device=x.device)  # not known to be wrong yet
         delta = torch.zeros_like(x)
         for step in range(steps + 1):
-            here = delta[active].requires_grad_()
+            here, pixels, label = delta[active].requires_grad_(), x[active], y[active]
             noisy = ops.noisy_copies(
-                x[active] + here,
+                pixels + here,
                 self.sigma,
                 self.copies,
                 self.seed,
@@ -179,14 +180,17 @@ class _Attack:
                 memory_format=layout(x),
             )
             p = ops.soft_smooth(self.model(noisy).view(len(active), self.copies, -1))
-            wrong = p.detach().argmax(1) != y[active]
-            norms[active[wrong]] = delta[active[wrong]].flatten(1).norm(dim=1)
-            if step == steps or bool(wrong.all()):
+            first = (p.detach().argmax(1) != label) & norms[active].isinf()
+            norms[active] = torch.where(first, here.detach().flatten(1).norm(dim=1), norms[active])
+            if step == steps:
                 break
-            likelihood = p.gather(1, y[active].unsqueeze(1)).clamp(min=1e-20)
+            likelihood = p.gather(1, label.unsqueeze(1)).clamp(min=1e-20)
             (slope,) = torch.autograd.grad(-likelihood.log().sum(), here)
-            active = active[~wrong]
-            delta[active] = SmoothAdv.step(x[active], delta[active], slope[~wrong], radius[active], steps)
+            delta[active] = SmoothAdv.step(pixels, here.detach(), slope, radius[active], steps)
+            if step % DROPPED == 0:  # the one wait: those that are wrong leave the batch
+                active = active[norms[active].isinf()]
+                if len(active) == 0:
+                    break
         return norms
 
 

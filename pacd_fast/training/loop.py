@@ -15,18 +15,23 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pacd_fast import _C, files
 from pacd_fast.arguments import at_least, not_negative, positive
 from pacd_fast.data import Dataset, as_float, labelled
+from pacd_fast.networks import fingerprint
 from pacd_fast.randomness import Purpose, mix, seeded
+from pacd_fast.ranks import Ranks
+from pacd_fast.training.augmentation import augmented, moves_of
 from pacd_fast.training.evaluation import check_classifier, check_pixels
 from pacd_fast.training.losses import Loss
+from pacd_fast.training.splitting import Split, splittable
+from pacd_fast.training.watching import Accuracy, Watch
 
 OPTIMIZERS = ("adam", "momentum", "sgd")
+LOOKS = {"cuda": 20}  # steps after which the host asks whether a loss was not finite: on a card it would wait
 
 
 def fit(
@@ -49,6 +54,7 @@ def fit(
     metrics: str | os.PathLike[str] | None = None,
     progress: bool = False,
     after_epoch: Callable[[int, nn.Module], object] | None = None,
+    group: Any = None,
 ) -> nn.Module:
     """Trains the model in place and returns it, in eval mode.
 
@@ -72,14 +78,20 @@ def fit(
         metrics: a file of JSON lines, one per epoch: epoch, loss, accuracy (under the loss's own noise), seconds.
         progress: show a bar with loss, accuracy and time left.
         after_epoch: called with the epoch, from 0, and the model, which is in training mode.
+        group: a torch.distributed process group that trains the model together: all its processes call this with the
+            same arguments and weights, and each takes its rows of every batch.  Gradients, statistics of batch norm
+            and metrics are those of the whole batch, up to the order of summation, because noise and augmentation
+            belong to the image; the loss must be a mean over images that takes image_ids (see `Loss`).  Rank 0 alone
+            writes and shows a bar; all read the checkpoint.
 
     On the CPU the C library is told to keep freed memory (see `_C.keep_freed_memory`): without it, fresh pages for
     every step's activations cost up to a third of the time.
 
     Raises:
         ValueError: for arguments out of range, labels that the model has no class for, a checkpoint of another run or
-            of more epochs, or a loss or weight that is not finite (it names the step and the seed that reproduce it;
-            the last checkpoint, whose weights are finite, stands).
+            of more epochs, a loss or weight that is not finite (it names the step and the seed that reproduce it;
+            the last checkpoint, whose weights are finite, stands), or, with a group, a loss without image_ids, a
+            network with dropout, processes that differ.
     """
     images, labels = data.split("train") if isinstance(data, Dataset) else labelled(data)
     _check(images, labels, epochs, batch_size, lr, weight_decay, dtype, microbatch)
@@ -109,17 +121,29 @@ def fit(
         raise files.AnotherRun(
             f"{checkpoint} has {first} epochs already, and {epochs} are asked for; delete it to start again"
         )
+    ranks = Ranks.of_group(group)
+    if ranks.size > 1:
+        if not splittable(loss):
+            raise ValueError("the loss must take image_ids, the rows' numbers, for a batch to be split over processes")
+        ranks.agree(
+            {**described, "device": device.type, "epochs": epochs, "done": first, "weights": fingerprint(model)}
+        )
+    split = Split(ranks, model)
+    if ranks.rank:
+        checkpoint = metrics = None
     if metrics is not None:
         files.keep_lines(metrics, first)
     run = _Run(
-        model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs
-    )
+        model, images.to(device), labels.to(device), loss, method, batch_size, microbatch, augment, seed, dtype, epochs,
+        split,
+    )  # fmt: skip
     interval = 0.2 if sys.stderr.isatty() else 10.0
     total = epochs * run.steps
+    hidden = not progress or ranks.rank > 0
     with (
-        tqdm(total=total, initial=first * run.steps, unit="step", disable=not progress, mininterval=interval) as bar,
+        tqdm(total=total, initial=first * run.steps, unit="step", disable=hidden, mininterval=interval) as bar,
         _Deterministic(),
-        _Accuracy(model, device) as accuracy,
+        Accuracy(model, device) as accuracy,
     ):
         for epoch in range(first, epochs):
             for group in method.param_groups:
@@ -132,6 +156,7 @@ def fit(
                 files.write(Path(checkpoint), described, state)
             if after_epoch is not None:
                 after_epoch(epoch, model)
+    ranks.everyones("rank 0 has written")
     return model.eval()
 
 
@@ -150,26 +175,39 @@ class _Run:
     seed: int
     dtype: torch.dtype
     epochs: int
+    split: Split
 
     @property
     def steps(self) -> int:
         """Of an epoch."""
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self, epoch: int, accuracy: _Accuracy, bar: tqdm) -> dict[str, Any]:
+    def epoch(self, epoch: int, accuracy: Accuracy, bar: tqdm) -> dict[str, Any]:
         """All steps of an epoch; its line of the metrics."""
         self.model.train()
         accuracy.clear()
         started, device = time.perf_counter(), self.images.device
         total = torch.zeros((), device=device)
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(len(self.images), generator=generator).to(device)
+        order = torch.randperm(len(self.images), generator=generator)
+        moves = moves_of(order, self.batch_size, self.microbatch, generator).to(device) if self.augment else None
+        order, watch = order.to(device), Watch(device)
         loss = self.loss.at_epoch(epoch) if hasattr(self.loss, "at_epoch") else self.loss
         with seeded(device, mix(self.seed, epoch, Purpose.DROPOUT)):
             for step, index in enumerate(order.split(self.batch_size)):
-                mean = self.step(loss, epoch, step, index, generator, accuracy)
+                first = step * self.batch_size
+                moved = None if moves is None else moves[:, first : first + len(index)]
+                mean = self.step(loss, epoch, step, index, moved, accuracy, watch)
                 total += mean * len(index)
                 bar.update()
+                last = step == self.steps - 1
+                if step % LOOKS.get(device.type, 1) == 0 or last:
+                    self.look(epoch, watch)
+                if last and not bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()):
+                    raise ValueError(
+                        f"the weights are not finite after epoch {epoch}, step {step} (noise seed "
+                        f"{self.noise(epoch, step, 0)}); the last checkpoint stands; a smaller lr may help"
+                    )
                 if step % 20 == 0:
                     bar.set_postfix_str(
                         f"epoch {epoch + 1}/{self.epochs}, loss {float(mean):.4f}, accuracy {accuracy.share():.2%}"
@@ -177,72 +215,62 @@ class _Run:
         return {
             "epoch": epoch,
             "loss": float(total) / len(self.images),
-            "accuracy": accuracy.share(),
+            "accuracy": accuracy.share(self.split.ranks),
             "seconds": time.perf_counter() - started,
         }
 
+    def noise(self, epoch: int, step: int, part: int) -> int:
+        """The seed of a part's noise."""
+        return mix(self.seed, epoch, Purpose.NOISE, step, part)
+
     def step(
-        self, loss: Loss, epoch: int, step: int, index: Tensor, generator: torch.Generator, accuracy: _Accuracy
+        self,
+        loss: Loss,
+        epoch: int,
+        step: int,
+        index: Tensor,
+        moves: Tensor | None,
+        accuracy: Accuracy,
+        watch: Watch,
     ) -> Tensor:
         """One step of the optimiser on the images `index`; their mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        device = self.images.device
+        device, size = self.images.device, self.microbatch or self.batch_size
         mean = torch.zeros((), device=device)
-        for part, chosen in enumerate(index.split(self.microbatch or self.batch_size)):
-            x, y = as_float(self.images[chosen]), self.labels[chosen]
-            if self.augment:
-                x = _augmented(x, generator)
-            noise = mix(self.seed, epoch, Purpose.NOISE, step, part)
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                value = loss(self.model, x, y, seed=noise) * (len(chosen) / len(index))
-            if not bool(torch.isfinite(value)):
-                raise ValueError(
-                    f"the loss is {float(value.detach())} at epoch {epoch}, step {step} "
-                    f"(noise seed {noise}); the last checkpoint stands; a smaller lr may help"
-                )
+        for part, chosen in enumerate(index.split(size)):
+            (rows,), share = self.split.rows(len(chosen))
+            x, y = as_float(self.images[chosen[rows]]), self.labels[chosen[rows]]
+            if moves is not None:
+                x = augmented(x, moves[:, part * size : part * size + len(chosen)][:, rows])
+            low = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with low, self.split.batch_norm(self.model, share):
+                value = loss(self.model, x, y, seed=self.noise(epoch, step, part), **self.split.numbered(rows))
+            value = value * (share * len(chosen) / len(index))
+            if self.split.alone:
+                self.see(value, epoch, step, part, watch)
             value.backward()
             mean += value.detach()
-            accuracy.count(y)
+            accuracy.count(y, share > 0)
+        if not self.split.alone:  # all see the same
+            mean = self.split.add_up(self.model.parameters(), mean)
+            self.see(mean, epoch, step, 0, watch)
         self.optimizer.step()
-        if step == self.steps - 1 and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise ValueError(
-                f"the weights are not finite after epoch {epoch}, step {step} (noise seed {noise}); "
-                "the last checkpoint stands; a smaller lr may help"
-            )
         return mean
 
+    def see(self, value: Tensor, epoch: int, step: int, part: int, watch: Watch) -> None:
+        watch.see(value.detach(), step, part)
+        if LOOKS.get(value.device.type, 1) == 1:
+            self.look(epoch, watch)  # before the weights see it
 
-class _Accuracy:
-    """How many of the network's last logits are right, whichever loss asked for them; a forward hook sees them."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.clear()
-
-    def clear(self) -> None:
-        self.last: Tensor | None = None
-        self.right, self.voted = torch.zeros((), dtype=torch.int64, device=self.device), 0
-
-    def count(self, y: Tensor) -> None:
-        """The logits [len(y) * copies, classes] of the last pass, if that is what they are."""
-        logits, self.last = self.last, None
-        if logits is not None and logits.dim() == 2 and len(logits) % len(y) == 0:
-            votes = logits.detach().argmax(1).view(len(y), -1)
-            self.right += (votes == y.unsqueeze(1)).sum()
-            self.voted += votes.numel()
-
-    def share(self) -> float:
-        return int(self.right) / max(self.voted, 1)
-
-    def _see(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
-        self.last = logits
-
-    def __enter__(self) -> _Accuracy:
-        self._hook = self.model.register_forward_hook(self._see)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hook.remove()
+    def look(self, epoch: int, watch: Watch) -> None:
+        """Raises ValueError where a loss was not finite."""
+        found = watch.first()
+        if found is not None:
+            value, step, part = found
+            raise ValueError(
+                f"the loss is {value} at epoch {epoch}, step {step} (noise seed {self.noise(epoch, step, part)}); "
+                "the last checkpoint stands; a smaller lr may help"
+            )
 
 
 class _Deterministic:
@@ -254,19 +282,6 @@ class _Deterministic:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         torch.backends.cudnn.deterministic = self._before
-
-
-def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random horizontal flip and random crop after padding 4, each image its own, as is usual for CIFAR-10."""
-    batch, _, height, width = x.shape
-    flip = torch.rand(batch, generator=generator).to(x.device) < 0.5
-    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-    shift = torch.randint(0, 9, (2, batch), generator=generator).to(x.device)
-    rows = shift[0].view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
-    columns = shift[1].view(-1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, -1)
-    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    images = torch.arange(batch, device=x.device).view(-1, 1, 1)
-    return padded[images, rows, columns].permute(0, 3, 1, 2)
 
 
 def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -25,6 +25,8 @@ class Loss(Protocol):
     """A training loss: images [B, ...] in [0, 1] and int64 labels [B] to a scalar.
 
     `seed` decides all its randomness, so that a second evaluation (a Hessian-vector product, say) sees the same noise.
+    Those of this module are means over images, and take image_ids, int64 [B], which noise each image gets, by default 0
+    to B - 1: with its rows' numbers a part of a batch sees the noise that it has in the whole batch.
     A loss that changes while training goes on has a method `at_epoch(epoch)` that returns the loss of that epoch.
 
     Those of this module are ``of_logits(model(inputs(x, seed=seed)), y)``: what the network sees, [B * copies, ...],
@@ -38,14 +40,16 @@ class Loss(Protocol):
 class Standard:
     """Cross-entropy on the images as they are."""
 
-    def inputs(self, x: Tensor, *, seed: int) -> Tensor:
+    def inputs(self, x: Tensor, *, seed: int, image_ids: Tensor | None = None) -> Tensor:
         return x.contiguous(memory_format=layout(x))
 
     def of_logits(self, logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits, y)
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        return self.of_logits(model(self.inputs(x, seed=seed)), y)
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None
+    ) -> Tensor:
+        return self.of_logits(model(self.inputs(x, seed=seed, image_ids=image_ids)), y)
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,16 @@ class Gaussian:
         positive("sigma", self.sigma)
         at_least("k", self.k, 1)
 
-    def inputs(self, x: Tensor, *, seed: int) -> Tensor:
-        return _noisy(x, self.sigma, self.k, seed)
+    def inputs(self, x: Tensor, *, seed: int, image_ids: Tensor | None = None) -> Tensor:
+        return _noisy(x, self.sigma, self.k, seed, image_ids)
 
     def of_logits(self, logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits, y.repeat_interleave(self.k))
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        return self.of_logits(model(self.inputs(x, seed=seed)), y)
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None
+    ) -> Tensor:
+        return self.of_logits(model(self.inputs(x, seed=seed, image_ids=image_ids)), y)
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,8 @@ class Macer:
         positive("gamma", self.gamma)
         not_negative("lam", self.lam)
 
-    def inputs(self, x: Tensor, *, seed: int) -> Tensor:
-        return _noisy(x, self.sigma, self.k, seed)
+    def inputs(self, x: Tensor, *, seed: int, image_ids: Tensor | None = None) -> Tensor:
+        return _noisy(x, self.sigma, self.k, seed, image_ids)
 
     def of_logits(self, logits: Tensor, y: Tensor) -> Tensor:
         logits = _by_image(logits, y)
@@ -102,8 +108,10 @@ class Macer:
         hinge = torch.where((radius > 0) & (radius <= widest), widest - radius, 0.0)
         return (self.lam * hinge - (likelihood + 1e-10).log()).mean()
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        return self.of_logits(model(self.inputs(x, seed=seed)), y)
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None
+    ) -> Tensor:
+        return self.of_logits(model(self.inputs(x, seed=seed, image_ids=image_ids)), y)
 
 
 @dataclass(frozen=True)
@@ -138,26 +146,30 @@ class SmoothAdv:
         share = min(1.0, (epoch + 1) / max(self.warmup, 1))
         return dataclasses.replace(self, epsilon=self.epsilon * share, warmup=0)
 
-    def inputs(self, x: Tensor, *, seed: int) -> Tensor:
+    def inputs(self, x: Tensor, *, seed: int, image_ids: Tensor | None = None) -> Tensor:
         """The noisy copies of images that are adversarial already: x plus its `perturbation`."""
-        return _noisy(x, self.sigma, self.k, seed)
+        return _noisy(x, self.sigma, self.k, seed, image_ids)
 
     def of_logits(self, logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits, y.repeat_interleave(self.k))
 
-    def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        adversarial = x + self.perturbation(model, x, y, seed=seed)
-        return self.of_logits(model(self.inputs(adversarial, seed=seed)), y)
+    def __call__(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None
+    ) -> Tensor:
+        adversarial = x + self.perturbation(model, x, y, seed=seed, image_ids=image_ids)
+        return self.of_logits(model(self.inputs(adversarial, seed=seed, image_ids=image_ids)), y)
 
     @torch.enable_grad()
-    def perturbation(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+    def perturbation(
+        self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, seed: int, image_ids: Tensor | None = None
+    ) -> Tensor:
         """What is added to x, [B, ...], without gradient."""
         x = x.detach()
         delta = torch.zeros_like(x)
         with eval_mode(model), frozen(model):
             for _ in range(self.steps if self.epsilon > 0 else 0):
                 delta.requires_grad_()
-                logits = model(_noisy(x + delta, self.sigma, self.k, seed))
+                logits = model(_noisy(x + delta, self.sigma, self.k, seed, image_ids))
                 (slope,) = torch.autograd.grad(_smoothed_loss(_by_image(logits, x), y), delta)
                 delta = self.step(x, delta.detach(), slope, x.new_full(x.shape[:1], self.epsilon), self.steps)
         return delta.detach()
@@ -178,11 +190,14 @@ METHODS: dict[str, type[Any]] = {"standard": Standard, "gaussian": Gaussian, "ma
 """The losses by the names that the command line and checkpoints use."""
 
 
-def _noisy(x: Tensor, sigma: float, k: int, seed: int) -> Tensor:
+def _noisy(x: Tensor, sigma: float, k: int, seed: int, image_ids: Tensor | None) -> Tensor:
     """The k copies of every image that the model sees, [B * k, ...]; under autocast in its dtype already."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return ops.noisy_copies(x, sigma, k, seed, stream=Stream.TRAINING, memory_format=layout(x), dtype=dtype)
+    ids = None if image_ids is None else image_ids.to(x.device)
+    return ops.noisy_copies(
+        x, sigma, k, seed, image_ids=ids, stream=Stream.TRAINING, memory_format=layout(x), dtype=dtype
+    )
 
 
 def _by_image(logits: Tensor, images: Tensor) -> Tensor:

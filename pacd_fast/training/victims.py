@@ -150,13 +150,14 @@ def train(
     resume: bool = False,
     metrics: str | Path | None = None,
     progress: bool = False,
+    group: Any = None,
 ) -> nn.Module:
     """Trains a victim from scratch and writes it to `out`; while it trains, `out`.partial holds the last epoch.
 
     Args:
         seed: of the initial weights, the order of the images, augmentation and noise.
         resume: go on from `out`.partial; where `out` is there already and was trained so, it is returned as it is.
-        metrics: see `fit`.
+        metrics, group: see `fit`; rank 0 writes `out`.
 
     Raises ValueError and OSError, each one line that says what to do.
     """
@@ -195,7 +196,9 @@ def train(
         resume=resume,
         metrics=metrics,
         progress=progress,
+        group=group,
     )
-    save_checkpoint(out, network, metadata)
-    unfinished.unlink(missing_ok=True)
+    if group is None or torch.distributed.get_rank(group) == 0:
+        save_checkpoint(out, network, metadata)
+        unfinished.unlink(missing_ok=True)
     return network
