@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,15 @@ def test_bad_input_is_one_line(features, tmp_path, capsys, change, message):
     assert main(["labelflip", *[part for pair in arguments.items() for part in pair]]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_labels_of_any_number_type(tmp_path):
+    x = np.zeros((3, 2))
+    for dtype in (np.float16, np.float64, np.longdouble, np.uint8, bool):
+        np.savez(tmp_path / "x.npz", X_train=x, y_train=np.array([0, 1, 1], dtype), X_test=x, y_test=np.zeros(3, dtype))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a bound that float16 does not reach
+            assert load_features(str(tmp_path / "x.npz")).y_train.tolist() == [0, 1, 1]
 
 
 def test_damaged_files(features, tmp_path):

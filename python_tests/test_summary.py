@@ -79,3 +79,16 @@ def test_table(tmp_path):
     assert seeds[0].split() == ["a", "b", "mean±sd"] and seeds[2].split()[1:] == ["0.2500", "0.4265", "0.3382±0.1248"]
     assert seeds[1].split()[1:] == ["5", "4", "4.5±0.7"] and seeds[-2].split()[-3:-1] != ["-", "-"]
     assert "mean" not in summary_table({"a": by_hand(tmp_path)}, over_seeds=True)
+
+
+def test_a_huge_radius_is_refused_or_takes_few_columns(tmp_path):
+    """In a file that does not say sigma; the table's radii would take gigabytes."""
+    path = tmp_path / "cohen.tsv"
+    for radius, steps in (("31", 31), ("100000", 40), ("1e300", 0), ("9999999999999999999", 0)):
+        path.write_text(f"idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t{radius}\t1\t0:00:01\n")
+        if steps:
+            radii = summarize(read_results(path)).radii
+            assert radii[0] == 0 and 20 <= len(radii) <= steps + 1 and radii[-1] <= float(radius)
+        else:
+            with pytest.raises(ValueError, match="beyond any noise level"):
+                read_results(path)

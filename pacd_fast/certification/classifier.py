@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pacd_fast import ops
 from pacd_fast._C import keep_freed_memory
+from pacd_fast.arguments import whole
 from pacd_fast.networks import fold_batch_norm
 from pacd_fast.randomness import Stream
 
@@ -88,7 +89,7 @@ class BaseClassifier:
     ):
         if compile not in (True, False, "auto", "max-autotune"):
             raise ValueError(f'compile must be True, False, "auto" or "max-autotune", not {compile!r}')
-        if rows is not None and rows < 1:
+        if rows is not None and (rows := whole("batch_size", rows)) < 1:
             raise ValueError(f"batch_size must be positive, not {rows}")
         first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = images.device if first is None else first.device

@@ -50,6 +50,8 @@ class Question:
         n0, n = whole("n0", n0), whole("n", n)
         if n < 1 or n0 < 1:
             raise ValueError(f"n0 and n must be positive, not {n0} and {n}")
+        if n0 > LARGEST_N:
+            raise ValueError(f"n0 must be below 2^31, not {n0}")
         check_level(n, alpha)
         if sides not in (1, 2):
             raise ValueError(f"sides must be 1 or 2, not {sides}")

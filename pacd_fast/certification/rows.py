@@ -333,6 +333,7 @@ def _wrong(rows: Results) -> Iterator[tuple[NDArray[np.bool_], Callable[[int], s
     )
     yield ~(r.time >= 0), lambda i: f"time {r.time[i]} is not a number from 0"
     if run is None or r.p_lower is None or r.count is None:
+        yield r.radius > 1e6, lambda i: f"radius {r.radius[i]} is beyond any noise level"
         return
     p, count = r.p_lower, r.count
     yield ~((p >= 0) & (p <= 1)), lambda i: f"p_lower {p[i]} is not in [0, 1]"

@@ -55,7 +55,8 @@ class Summary:
 def summarize(results: Results, radii: Sequence[float] | None = None, target_class: int | None = None) -> Summary:
     """Average over the images, or over those of one class.
 
-    radii: where to give the certified accuracy; by default 0, 0.25, ... up to the largest radius of a right class.
+    radii: where to give the certified accuracy; by default 0, 0.25, ... up to the largest radius of a right class,
+        in wider steps where that is above 10.
     Raises ValueError where no image has this class, or a radius is negative or not finite.
     """
     if target_class is not None:
@@ -144,4 +145,5 @@ def _down(value: float) -> float:
 
 def _grid(results: Sequence[Results]) -> tuple[float, ...]:
     largest = max((float(r.radius[r.correct].max(initial=0.0)) for r in results), default=0.0)
-    return tuple(0.25 * step for step in range(int(largest / 0.25) + 1))
+    step = 0.25 * max(1, math.ceil(largest / 10))  # a row stays readable, and a radius of 1e300 is no memory bomb
+    return tuple(step * i for i in range(int(largest / step) + 1))

@@ -161,9 +161,9 @@ def certify(
     ranks = Ranks.of_group(group)
     entropy = ranks.everyones(secrets.randbits(63))[0]
     seed = entropy if seed is None else seed
-    images = pixels(images)
-    ids = torch.arange(len(images)) if image_ids is None else image_ids
+    images, num_classes = pixels(images), _classes(num_classes)
     every = torch.arange(len(images))
+    ids = every if image_ids is None else torch.as_tensor(image_ids)
     parts = [(sigma, every)]
     if isinstance(sigma, Tensor) and sigma.dim():
         if sigma.shape != images.shape[:1]:
@@ -258,6 +258,13 @@ def certificates(
         yield Certificate.of(index, outcome, seconds)
 
 
+def _classes(num_classes: int) -> int:
+    num_classes = whole("num_classes", num_classes)
+    if not 2 <= num_classes < 2**24:
+        raise ValueError(f"num_classes must be at least 2 and below 2^24, not {num_classes}")
+    return num_classes
+
+
 def sampler_of(
     model: Model | BaseClassifier,
     images: Any,
@@ -274,11 +281,8 @@ def sampler_of(
 ) -> Sampler:
     """What draws votes, about `samples` for each image.  Raises ValueError, before any sample."""
     seed_in_range(seed)
-    num_classes = whole("num_classes", num_classes)
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, not {num_classes}")
-    images = pixels(images)
-    ids = torch.arange(len(images)) if image_ids is None else image_ids
+    images, num_classes = pixels(images), _classes(num_classes)
+    ids = torch.arange(len(images)) if image_ids is None else torch.as_tensor(image_ids)
     if ids.dtype != torch.int64 or ids.shape != images.shape[:1]:
         raise ValueError(f"image_ids must be int64 [{len(images)}], not {ids.dtype} {tuple(ids.shape)}")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**48:

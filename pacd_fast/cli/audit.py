@@ -49,7 +49,7 @@ def add_commands(add: Any) -> None:
     texts["method"] = "how the victims train; by default gaussian"
     skip = ("hyperparameters", "dtype", "microbatch", "drops")
     add_fields(sub, Training, skip=skip, optional=True, texts=texts)
-    add_hyperparameters(sub)
+    add_hyperparameters(sub, sigma="the poison's, with which victims are certified too")
     sub.add_argument("--target-class", help="class to certify, its name or number; by default the poison's")
     sub.add_argument("--seeds", type=whole_number, default=5, help="victims for every training set")
     sub.add_argument("--first-seed", type=whole_number, default=0)

@@ -88,7 +88,8 @@ def _add_of_class(sub: argparse.ArgumentParser, name: str) -> None:
         for parameter, (kind, where) in hyperparameters().items():
             flag = parameter if parameter == "sigma" else f"loss-{parameter}"  # --epsilon is the ball's
             kind_of = whole_number if kind is int else number
-            sub.add_argument(f"--{flag}", type=kind_of, help=f"hyperparameter of the loss, {where}")
+            default = "; by default 0.5" if parameter == "sigma" else ""
+            sub.add_argument(f"--{flag}", type=kind_of, help=f"hyperparameter of the loss, {where}{default}")
     texts = {
         field: f"{text}; by default {', '.join(f'{getattr(p.recipe, field)} ({key})' for key, p in PRESETS.items())}"
         for field, text in ((f.name, f.metadata["help"]) for f in Recipe.__dataclass_fields__.values())

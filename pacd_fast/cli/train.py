@@ -17,10 +17,12 @@ from pacd_fast.tables import mean_and_deviation
 from pacd_fast.training import Training, correct, hyperparameters, numbered, train
 
 
-def add_hyperparameters(sub: argparse.ArgumentParser, text: str = "hyperparameter of {}") -> None:
-    """A flag for every hyperparameter of every method."""
+def add_hyperparameters(sub: argparse.ArgumentParser, sigma: str) -> None:
+    """A flag for every hyperparameter of every method; sigma: what it is by default, in words."""
     for name, (kind, where) in hyperparameters().items():
-        sub.add_argument(f"--{name}", type=whole_number if kind is int else number, help=text.format(where))
+        default = f"; by default {sigma}" if name == "sigma" else ""
+        kind_of = whole_number if kind is int else number
+        sub.add_argument(f"--{name}", type=kind_of, help=f"hyperparameter of {where}{default}")
 
 
 def hyperparameters_given(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def add_commands(add: Any) -> None:
     add_data(sub)
     sub.add_argument("--poison", help="poison file to put into the training images")
     add_fields(sub, Training, skip=("hyperparameters",))
-    add_hyperparameters(sub)
+    add_hyperparameters(sub, sigma="0.5")
     sub.add_argument("--seed", type=whole_number, default=0, help="of initial weights, order and noise")
     sub.add_argument(
         "--seeds", type=whole_number, default=1,

@@ -118,8 +118,9 @@ def _examples(name: str, results: Results, data: Dataset | None, count: int) -> 
 
     def said(row: int) -> str:
         label, predict = (names[i] if i < len(names) else str(i) for i in (results.label[row], results.predict[row]))
-        predict = "abstains" if results.predict[row] == ABSTAIN else f"as {predict}"
-        return f"{results.idx[row]}: {label} {predict}, radius {rounded(results.radius[row], 3)}"
+        abstained = results.predict[row] == ABSTAIN
+        what = "abstains" if abstained else f"as {predict}, radius {rounded(results.radius[row], 3)}"
+        return f"{results.idx[row]}: {label} {what}"
 
     for what, rows in groups.items():
         if len(rows):
@@ -210,12 +211,18 @@ def _poison(name: str, poison: Poison, data: Dataset | None, count: int) -> list
 
 def _settings(values: Mapping[str, Any]) -> str:
     """A line each; what is too long to read, a history say, is left out."""
-    return page.table([{"": name, "value": value} for name, value in values.items() if len(str(value)) <= 1000])
+    said = {
+        name: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    return page.table([{"": name, "value": value} for name, value in said.items() if len(str(value)) <= 1000])
 
 
 def _runs(certified: Mapping[str, Results]) -> str:
-    rows = []
+    """A row a setting, a column a file: sixteen settings are wider than a page."""
+    said: dict[str, dict[str, Any]] = {}
     for name, results in certified.items():
         run = {} if results.run is None else dataclasses.asdict(results.run)
-        rows.append({"": name, **run, "seconds": f"{float(results.time.sum()):.1f}"})
-    return page.table(rows)
+        for key, value in {**run, "seconds": f"{float(results.time.sum()):.1f}"}.items():
+            said.setdefault(key, {})[name] = value
+    return page.table([{"": key, **{name: row.get(name, "-") for name in certified}} for key, row in said.items()])
