@@ -225,6 +225,14 @@ def test_labels_of_any_number_type(tmp_path):
             assert load_features(str(tmp_path / "x.npz")).y_train.tolist() == [0, 1, 1]
 
 
+def test_what_overflows_leaves_no_file(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    labels = np.arange(40) % 2
+    np.savez(tmp_path / "x.npz", X_train=x, y_train=labels, X_test=1e300 * x[:5], y_test=labels[:5])
+    assert main(["labelflip", "--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out.tsv")]) == 2
+    assert "overflow" in capsys.readouterr().err and not (tmp_path / "out.tsv").exists()
+
+
 def test_damaged_files(features, tmp_path):
     np.savez(tmp_path / "half.npz", X_train=np.zeros((3, 2)), y_train=np.zeros(3))
     with pytest.raises(ValueError, match="has no X_test, y_test"):

@@ -114,7 +114,7 @@ class FlipFile:
 
     def __init__(self, path: str | Path, run: Run) -> None:
         self.path, self.run = Path(path), run
-        new = not writable(path).exists()
+        self._new = not writable(path).exists()
         self._file = io.FileIO(self.path, "a")  # unbuffered: what `append` was given is one write
         try:
             try:
@@ -141,7 +141,7 @@ class FlipFile:
                 self._write(_HEADER)
         except BaseException:
             self._file.close()
-            if new:
+            if self._new:
                 self.path.unlink(missing_ok=True)
             raise
 
@@ -185,6 +185,8 @@ class FlipFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._new and not self.done:  # stopped before the first row: nothing is left of it
+            self.path.unlink(missing_ok=True)
         self.close()
 
 
