@@ -34,7 +34,12 @@ from pacd_fast.ops import reference
 
 N = 100_000
 DRAWN = {"mnist-cnn": 100_000, "resnet20": 10_000, "resnet110": 2000}  # samples of one timing
-ROUNDS = {"mnist-cnn": 2, "resnet20": 2, "resnet110": 1}
+ROUNDS = {"mnist-cnn": 2, "resnet20": 1, "resnet110": 1}
+SIZES = {
+    "mnist-cnn": (64, 128, 256, 512, 1024),
+    "resnet20": (128, 256, 512),
+    "resnet110": (128, 256),
+}  # of an eager pass
 DEVICE = "cuda" if torch.cuda.is_available() and ops.cuda_library == "loaded" else "cpu"
 NAME = next((name for name in DRAWN if name in sys.argv[1:]), "mnist-cnn")
 
@@ -124,7 +129,7 @@ def bare(dtype: torch.dtype, compiled: bool) -> tuple[float, str]:
     x, found = image().unsqueeze(0), {}
     one_channel = compiled and x.shape[1] == 1
     layouts = (torch.contiguous_format,) if one_channel else (torch.contiguous_format, torch.channels_last)
-    sizes = (1024, 4096, 16384) if DEVICE == "cuda" else (256, 512) if compiled else (64, 128, 256, 512, 1024)
+    sizes = (1024, 4096, 16384) if DEVICE == "cuda" else (256, 512) if compiled else SIZES[NAME]
     for layout in layouts[-1:] if compiled else layouts:
         model = network(dtype, layout).requires_grad_(False)
         if compiled:
@@ -137,7 +142,7 @@ def bare(dtype: torch.dtype, compiled: bool) -> tuple[float, str]:
                 torch._dynamo.reset()
                 call = torch.compile(model, dynamic=False) if compiled else model
                 run = {"all": lambda call=call, batches=batches: [call(batch) for batch in batches]}
-                seconds = medians(run, rounds=3 if compiled else 5)["all"] / 4
+                seconds = medians(run, rounds=3 if compiled or NAME != "mnist-cnn" else 5)["all"] / 4
             found[size, str(layout).removeprefix("torch.").removesuffix("_format")] = (seconds / size, call, batches)
     size, name = min(found, key=lambda key: found[key][0])
     _, call, batches = found[size, name]

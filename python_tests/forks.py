@@ -22,12 +22,13 @@ class Fork:
 
     def __init__(self, function: Callable[[], int | None], log: Path, out: int | None = None):
         self.log, self.code = log, None
+        log.write_bytes(b"")  # there before anybody asks
         self.id = os.fork()
         if self.id:
             return
         code = 70
         try:
-            said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            said = os.open(log, os.O_WRONLY | os.O_APPEND)
             os.dup2(said if out is None else out, 1)
             os.dup2(said, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)

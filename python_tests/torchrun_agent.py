@@ -60,6 +60,7 @@ class Agent:
     def start(self, function: Callable[[int], int]) -> None:
         self.attempt += 1
         for rank in range(self.size):
+            (self.folder / f"log{rank}").touch()  # there before anybody asks
             child = os.fork()
             if child:
                 self.running[rank] = child
