@@ -27,6 +27,7 @@ class Fork:
         if self.id:
             return
         code = 70
+        signal.alarm(300)  # whatever becomes of the test
         try:
             said = os.open(log, os.O_WRONLY | os.O_APPEND)
             os.dup2(said if out is None else out, 1)

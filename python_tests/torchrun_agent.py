@@ -66,6 +66,7 @@ class Agent:
                 self.running[rank] = child
                 continue
             code = 70
+            signal.alarm(300)  # whatever becomes of the test
             try:
                 log = os.open(self.folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
