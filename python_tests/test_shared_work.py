@@ -200,6 +200,7 @@ def test_poison_is_crafted_by_all(attack, folder, tmp_path):
 
 
 @trains
+@pytest.mark.slow
 def test_a_table_is_reproduced_by_all(tmp_path):
     """Poison and victims are handed out; one process finds the same with that poison."""
     draw = np.random.default_rng(1)

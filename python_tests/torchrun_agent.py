@@ -97,7 +97,7 @@ class Agent:
         for rank in list(self.running) if ranks is None else ranks:
             os.waitpid(self.running.pop(rank), 0)
 
-    def ended(self, limit: float = 60.0) -> list[int]:
+    def ended(self, limit: float = 240.0) -> list[int]:
         """The codes of those that ended; the others are stopped as soon as one has failed, as torchrun does it."""
         codes, until = [], time.monotonic() + limit
         while self.running:
