@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from conftest import CASES, different_bits, lowered
@@ -182,14 +183,13 @@ def test_hard_and_soft_certificates(device):
 def test_a_pass_is_one_graph_with_the_eager_bits(device):
     x, network = torch.rand(4, 1, 8, 8), tiny(3).to(device)
     classifier = BaseClassifier(network, x, 3, rows=64)
-    batch = classifier.empty()
-    over = classifier.over(batch)
-    assert not classifier.notes
+    batch, over = classifier.batch_and_pass()
+    assert not classifier.notes and classifier.batch_and_pass()[1] is over  # captured once
     for seed in range(3):
         ops.noisy_copies(x[:1].to(device), 1.0, 64, seed, out=batch)
         assert different_bits(classifier(batch).cpu(), over()) is None
     waiting = BaseClassifier(lambda batch: network(batch) * float(batch.mean() < 9), x.to(device), 3, rows=64)
-    assert waiting.over(waiting.empty())().shape == (64, 3) and "no CUDA graph" in waiting.notes[0]
+    assert waiting.batch_and_pass()[1]().shape == (64, 3) and "no CUDA graph" in waiting.notes[0]
 
 
 def test_a_batch_of_certification_does_not_wait(device):
@@ -201,6 +201,8 @@ def test_a_batch_of_certification_does_not_wait(device):
             votes.add(*sampler.logits([(0, 1, 64 * number, 40, 0), (1, 1, 64 * number, 24, 1)]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    counted, void = votes.report(np.arange(2)).values()
+    assert int(counted.sum() + void.sum()) == 5 * 64
 
 
 def test_poison(device):

@@ -115,6 +115,7 @@ class BaseClassifier:
         if not taken and compile is not False and len(images):
             compiled = self._compile(compile, seconds / self.rows * samples)
         self.engine = Engine(self.rows, compiled, machine(self.device))
+        self._captured: tuple[Tensor, Callable[[], Tensor]] | None = None
 
     def __call__(self, batch: Tensor) -> Tensor:
         """logits [rows, num_classes] of a batch as `empty` makes them."""
@@ -127,13 +128,21 @@ class BaseClassifier:
             raise ValueError(f"the model must return real logits, not {logits.dtype}")
         return logits if logits.is_floating_point() else logits.double()
 
-    def over(self, batch: Tensor) -> Callable[[], Tensor]:
-        """A pass over this very tensor, whatever it holds by then; its logits are overwritten by the next.
+    def batch_and_pass(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        """A batch to be filled, and a pass over what it holds by then; its logits are overwritten by the next.
 
-        On a card it is one CUDA graph, where capturing the model works and gives the eager logits bit for bit.
+        On a card the pass is one CUDA graph, where capturing the model works and gives the eager logits bit for bit: it
+        is captured once, and all who ask get the same batch, to be used from one thread.
         """
-        if self.device.type != "cuda" or not batch.numel():
-            return lambda: self(batch)
+        if self.device.type != "cuda":
+            batch = self.empty()
+            return batch, lambda: self(batch)
+        if self._captured is None:
+            batch = self.empty()
+            self._captured = batch, self._capture(batch)
+        return self._captured
+
+    def _capture(self, batch: Tensor) -> Callable[[], Tensor]:
         with torch.cuda.device(self.device):
             graph, aside, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
             zeros = torch.zeros_like(batch[:1]).float()

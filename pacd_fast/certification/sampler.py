@@ -29,8 +29,8 @@ class Sampler:
 
     def __init__(self, classifier: BaseClassifier, copies: Copies):
         self.classifier, self.copies = classifier, copies
-        self.rows, self._batch = classifier.engine.rows, classifier.empty()
-        self._pass = classifier.over(self._batch)
+        self.rows = classifier.engine.rows
+        self._batch, self._pass = classifier.batch_and_pass()
 
     def logits(self, pieces: Pieces) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [rows, classes] of the classifier on some pieces, row after row; each row's slot; which rows are void.

@@ -84,6 +84,7 @@ def fit(
             belong to the image; the loss must be a mean over images that takes image_ids (see `Loss`).  Rank 0 alone
             writes and shows a bar; all read the checkpoint.
 
+    A card is asked every 20 steps whether a loss was finite, which costs no wait a step.
     On the CPU the C library is told to keep freed memory (see `_C.keep_freed_memory`): without it, fresh pages for
     every step's activations cost up to a third of the time.
 
