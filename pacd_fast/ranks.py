@@ -18,7 +18,7 @@ for i = 0 to 3, then `merge part-*.tsv --out results.tsv`.
 - certify: images are handed out as ranks ask for them, and each appends to a file beside --out (results.tsv.rank1, ...)
   until all are one; `--share samples` shares every image's samples.  Killed, whole or in part, the same command goes on
   with any number of processes; without --max-restarts too.
-- train --seeds N, audit (of a class), reproduce (PACD's tables and figures): victims are handed out.
+- train --seeds N, audit, reproduce (but for label flips): victims are handed out.
 - train of one network, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again with --resume, with
   any number of processes.
 - All need one disk for --out, --work, one version of this package, and devices of one kind; the other commands are for

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchrun_agent import GLOO, together, trains
 
 from pacd_fast.cli import main
 from pacd_fast.experiments import EXPERIMENTS as EVERY
@@ -64,6 +65,25 @@ def test_every_figure_from_end_to_end(command, capsys, monkeypatch):
     assert main(line("metapoison-fig4")) == 0
     assert (work / "metapoison-small-victims.jsonl").read_text() == lines
     assert json.loads(results.read_text()) == tables
+
+
+@pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
+@trains
+def test_a_figure_by_two_processes(command, tmp_path):
+    """They craft one poison, share its victims, and one of them writes; alone, with that poison, it is the same."""
+    line, results, work = command
+    codes, said = together(tmp_path / "logs", 2, line("metapoison-fig5b"))
+    assert codes == [0, 0], said
+    assert (tmp_path / "logs/log1").read_text() == "" and "| pair" in said
+    found = json.loads(results.read_text())["metapoison small, transfer"]["rows"]
+    lines = sorted((work / "metapoison-small-victims.jsonl").read_text().splitlines())
+    names = {path.name for path in work.iterdir()}
+    for path in (results, work / "metapoison-small-victims.jsonl", work / "metapoison-small-fig5b.png"):
+        path.unlink()
+    assert main(line("metapoison-fig5b")) == 0
+    assert json.loads(results.read_text())["metapoison small, transfer"]["rows"] == found and len(found) == 2 * 4 * 2
+    assert sorted((work / "metapoison-small-victims.jsonl").read_text().splitlines()) == lines
+    assert {path.name for path in work.iterdir()} == names
 
 
 def test_other_settings_are_refused(command, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pacd_fast import files
 from pacd_fast.certification import certify
 from pacd_fast.cli import main, train
 from pacd_fast.networks import load_checkpoint
-from pacd_fast.poisoning import Poison
+from pacd_fast.poisoning import Poison, targeted
 
 pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
 
@@ -197,6 +198,68 @@ def test_poison_is_crafted_by_all(attack, folder, tmp_path):
     far = (found.images.int() - expected.images.int()).abs()
     assert far.count_nonzero() <= far.numel() // 100, far.count_nonzero()
     assert not list(tmp_path.glob("*.partial"))
+    before = (tmp_path / "poison.npz").read_bytes()
+    (tmp_path / "poison.npz.partial").write_bytes(b"a kill came between")
+    for attempt, words in ((0, "exists already"), (1, "was written before the restart")):
+        agent = Agent(tmp_path, 2)
+        agent.attempt = attempt - 1
+        agent.start(lambda rank: main([*command, "--out", str(tmp_path / "poison.npz")]))
+        codes = agent.ended()
+        assert (codes == [0, 0] if attempt else 2 in codes) and words in agent.said()
+    assert (tmp_path / "poison.npz").read_bytes() == before and not list(tmp_path.glob("*.partial"))
+
+
+@trains
+def test_victims_of_targeted_poison_are_shared_out(folder, tmp_path):
+    """Two victims are trained when both processes are killed; they are not trained again by three."""
+    data = ["--data", str(folder / "digits.npz"), "--device", "cpu"]
+    poison = str(tmp_path / "poison.npz")
+    assert main(["poison", "metapoison", *data, *CRAFTING["metapoison"].split(), "--out", poison]) == 0
+    command = ["audit", *data, "--poison", poison, "--seeds", "3", "--epochs", "1", "--against", "clean", "--work"]
+    assert main([*command, str(tmp_path / "alone")]) == 0
+
+    def function(rank: int) -> int:
+        if agent.attempt == 0:
+            write = targeted.append_line
+
+            def deadly(*arguments):
+                write(*arguments)
+                while len(list((tmp_path / "work").glob("poison.jsonl*"))) < 2:
+                    time.sleep(0.01)  # until both have written one
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            targeted.append_line = deadly
+        else:
+            fit = targeted.fit
+
+            def counted(*arguments, **options):
+                files.append_line(tmp_path / f"trained{rank}", "one")
+                fit(*arguments, **options)
+
+            targeted.fit = counted
+        return main([*command, str(tmp_path / "work")])
+
+    agent = Agent(tmp_path, 2)
+    agent.start(function)
+    assert set(agent.ended()) <= {-signal.SIGKILL, -signal.SIGTERM}
+    time.sleep(0.1)
+    assert (tmp_path / "work/poison.jsonl.rank1").exists()
+    agent = Agent(tmp_path, 3)
+    agent.attempt = 0
+    agent.start(function)
+    assert agent.ended() == [0, 0, 0], agent.said()
+    one, two = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("alone", "work"))
+    for each in (one, two):
+        for measured in each["poison"].values():
+            measured["accuracies"] = [round(value, 9) for value in measured["accuracies"]]
+    assert one == two and set(one["poison"]) == {"clean", "metapoison"}
+    lines = [(tmp_path / name / "poison.jsonl").read_text().splitlines() for name in ("alone", "work")]
+    assert len(lines[1]) == 6 and sorted(lines[0]) == sorted(lines[1])
+    assert not list((tmp_path / "work").glob("*.rank*")) and not list((tmp_path / "work").glob("*.partial"))
+    assert sum(len(path.read_text().splitlines()) for path in tmp_path.glob("trained*")) == 6 - 2
+    assert (tmp_path / "log2").read_text() == "" and "test accuracy" in (tmp_path / "log0").read_text()
+    codes, said = together(tmp_path / "others", 2, [*command, tmp_path / "w"], ["--lr", "0.3"])
+    assert 2 in codes and "lr is 0.3 at rank 1 and 0.05 at rank 0: all need the same" in said
 
 
 @trains

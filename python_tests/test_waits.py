@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pacd_fast.certification import sampler
 from pacd_fast.certification.vote import certify
 from pacd_fast.data import Dataset
-from pacd_fast.poisoning import Ball, Pacd, Recipe, pacd
+from pacd_fast.poisoning import Ball, MetaPoison, Pacd, Recipe, metapoison, pacd
 from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, evaluation, fit, loop
 
 READ = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
@@ -118,6 +118,18 @@ def test_a_step_of_crafting_waits_once_a_product():
     assert more(lambda: run(), lambda: run(lower_steps=9)) == 0
     assert 0 < more(lambda: run(), lambda: run(products=8)) <= 2 * 5  # two batches of poison an epoch
     assert more(lambda: run(), lambda: run(epochs=2)) <= 2 * (3 + 10)
+
+
+def test_a_surrogates_epoch_does_not_wait_for_its_batches():
+    data = blobs()
+
+    def run(batch_size: int) -> None:
+        attack = MetaPoison(
+            1, 2, budget=0.2, model="test_waits:tiny", surrogates=2, steps=1, epochs=2, batch_size=batch_size, lr=0.01
+        )
+        metapoison(data, attack)
+
+    assert waits(lambda: run(240)) and more(lambda: run(240), lambda: run(40)) == 0
 
 
 def test_a_step_of_the_attack_seldom_waits():

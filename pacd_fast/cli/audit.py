@@ -90,9 +90,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("targeted poison and poison of a class are judged differently: audit them one by one")
         if options.method is not None:
             raise ValueError("--method is for poison of a class: victims of targeted poison train like its surrogates")
-        if ranks.size > 1:
-            raise ValueError("an audit of targeted poison is for one process; torchrun is for poison of a class")
-        _audit_targets(options, data, poisons, device)
+        _audit_targets(options, data, poisons, device, ranks)
         return
     settings = _settings(options, data, [aim for aim in aims.values() if isinstance(aim, ClassAim)])
     work = Path(options.work)
@@ -151,7 +149,7 @@ def _settings(options: argparse.Namespace, data: Dataset, aims: list[ClassAim]) 
 
 
 def _audit_targets(
-    options: argparse.Namespace, data: Dataset, poisons: Mapping[str, Poison], device: torch.device
+    options: argparse.Namespace, data: Dataset, poisons: Mapping[str, Poison], device: torch.device, ranks: Ranks
 ) -> None:
     """MetaPoison: how often do victims take the targets for the adversarial class, and what does it cost elsewhere?"""
     names = ("model", "epochs", "batch_size", "lr", "optimizer", "weight_decay", "augment")
@@ -164,11 +162,15 @@ def _audit_targets(
         recipe = VictimRecipe.of(poison, **changes)
         found[name] = audit_targets(
             poison, data, recipe, count=options.seeds, seed=options.first_seed, against=options.against,
-            out=work / f"{name}.jsonl", device=device, progress=True,
+            out=work / f"{name}.jsonl", device=device, progress=True, ranks=ranks,
         )  # fmt: skip
+        if ranks.rank:
+            continue
         adversarial = data.class_names[aim.adversarial_class]
         print(f"{name}: test images {list(aim.target_index)} to be taken for {adversarial}")
         print(victims_table(found[name]))
+    if ranks.rank:
+        return
     with replaced(work / "audit.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"victims {work}/*.jsonl, everything {work / 'audit.json'}", file=sys.stderr)

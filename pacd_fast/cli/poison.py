@@ -140,7 +140,13 @@ def run(options: argparse.Namespace) -> None:
     ranks = Ranks.of_torchrun()
     if ranks.size > 1 and options.attack in ("watermark", "random"):
         raise ValueError(f"{options.attack} is for one process; torchrun is for poison that is crafted")
-    options.resume = resume = ranks.restarted() or getattr(options, "resume", False)
+    restarted = ranks.restarted()
+    if restarted and not options.force and ranks.everyones(out.exists())[0]:  # the first attempt refused older ones
+        if ranks.rank == 0:
+            partial(out).unlink(missing_ok=True)
+            print(f"{out} was written before the restart")
+        return
+    options.resume = resume = restarted or getattr(options, "resume", False)
     with ExitStack() as held:
         if ranks.rank == 0:
             new_file(out.with_suffix(".png"), force=options.force or resume)

@@ -35,7 +35,7 @@ def add_commands(add: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     experiment, ranks = EXPERIMENTS[options.preset], Ranks.of_torchrun()
     if ranks.size > 1 and not experiment.shared:
-        raise ValueError(f"{options.preset} is for one process; torchrun is for the tables and figures of PACD")
+        raise ValueError(f"{options.preset} is for one process; torchrun is for what trains victims")
     if hasattr(options, "device"):
         options.device = str(device_of(options.device))
     settings = experiment.settings(**given(experiment.settings, options))

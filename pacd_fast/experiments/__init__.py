@@ -60,13 +60,16 @@ def _metapoison(title: str, function: Callable[..., metapoison_figures.Report]) 
     """A figure of MetaPoison: a table and a picture."""
 
     def run(where: MetaWhere) -> None:
-        report = function(where.lab())
+        lab = where.lab()
+        report = function(lab)
+        if lab.ranks.rank:
+            return
         results = where.results or Path(where.work) / "results.json"
         for row in report.rows:
             add_row(results, report.table, report.key, row, where.device)
         print(report.text)
 
-    return Experiment(f"MetaPoison: {title}", MetaWhere, run)
+    return Experiment(f"MetaPoison: {title}", MetaWhere, run, shared=True)
 
 
 EXPERIMENTS: dict[str, Experiment] = {

@@ -80,7 +80,7 @@ def figure4(lab: MetaLab) -> Report:
             print(f"{row['pair']}, {kind}: {row['success']}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
         labels = {"loss": "target loss", "success": "success rate", "accuracy": "test accuracy"}
         panels += [plots.Panel(f"{pair[1]} as {pair[2]}", "epoch", labels[name], line) for name, line in lines.items()]
-    plots.panels(panels, lab.path("fig4.png"), columns=3)
+    lab.draw(panels, "fig4.png")
     for kind, each in pooled.items():
         successes, trials = sum(one["successes"] for one in each), sum(one["trials"] for one in each)
         accuracies = [accuracy for one in each for accuracy in one["accuracies"]]
@@ -130,12 +130,12 @@ def figure3(lab: MetaLab) -> Report:
         "target taken for the adversarial class": (steps, [one["success"] for one in judged]),
         "test accuracy": (steps, [one["accuracy"] for one in judged]),
     }
-    plots.panels(
+    lab.draw(
         [
             plots.Panel(_title(pair), "crafting step", "target loss", losses),
             plots.Panel(f"{count} victims a point", "crafting step", "share", rates),
         ],
-        lab.path("fig3.png"),
+        "fig3.png",
     )
     return Report(f"metapoison {lab.size}, crafting", ("pair", "crafting steps", "seed"), rows, markdown(rows))
 
@@ -154,7 +154,7 @@ def figure5a(lab: MetaLab) -> Report:
             rates.append(one["success"])
             rows.append({"pair": _title(pair), "budget": f"{budget:.0%}", "seed": lab.seed} | _cells(one))
         lines[_title(pair)] = ([100 * budget for budget in budgets], rates)
-    plots.panels([plots.Panel("budget", "poisons, % of the images", "success rate", lines)], lab.path("fig5a.png"))
+    lab.draw([plots.Panel("budget", "poisons, % of the images", "success rate", lines)], "fig5a.png")
     return Report(f"metapoison {lab.size}, budget", ("pair", "budget", "seed"), rows, markdown(rows))
 
 
@@ -174,7 +174,7 @@ def figure5b(lab: MetaLab) -> Report:
             rates.append(one["success"])
         lines[_title(pair)] = (list(range(len(rates))), rates)
     names = ", ".join(f"{i}: {name}" for i, name in enumerate(TRANSFER))
-    plots.panels([plots.Panel(names, "victims", "success rate", lines)], lab.path("fig5b.png"))
+    lab.draw([plots.Panel(names, "victims", "success rate", lines)], "fig5b.png")
     return Report(f"metapoison {lab.size}, transfer", ("pair", "victims", "trained on", "seed"), rows, markdown(rows))
 
 
@@ -209,12 +209,12 @@ def figure6(lab: MetaLab) -> Report:
     against = list(features["clean"])
     lines = {kind: (list(range(len(against))), list(each.values())) for kind, each in features.items()}
     names = ", ".join(f"{i} {name}" for i, name in enumerate(against))
-    plots.panels(
+    lab.draw(
         [
             plots.Panel(f"weights by epoch: {share:.0%} of variance", "first component", "second component", curves),
             plots.Panel("features: the target's distance", names, "of that to any image", lines),
         ],
-        lab.path("fig6.png"),
+        "fig6.png",
     )
     text = [markdown(rows), f"weights: the first two components hold {share:.1%} of the variance"]
     for kind, each in features.items():

@@ -12,6 +12,7 @@ from pacd_fast.arguments import at_least, option
 from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments import plots
 from pacd_fast.poisoning import MetaPoison, Poison, Victim, VictimRecipe, judge_victims, metapoison
+from pacd_fast.ranks import Ranks
 
 # Pairs (test image, its class, poison class).  Small: of the classes with 500 of the 5 000 images, networks know birds
 # worst (37 % of them right), so perturbing them costs the least accuracy.  The images are the first, each of another
@@ -63,7 +64,7 @@ class MetaWhere:
         data = load_dataset(self.data, data_dir=self.data_dir, train_images=train_images)
         work = Path(self.work)
         work.mkdir(parents=True, exist_ok=True)
-        return MetaLab(data, work, self.small, self.victims, self.seed, self.device)
+        return MetaLab(data, work, self.small, self.victims, self.seed, self.device, Ranks.of_torchrun())
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class MetaLab:
     victims: int
     seed: int
     device: str
+    ranks: Ranks
 
     @property
     def size(self) -> str:
@@ -93,6 +95,11 @@ class MetaLab:
     def path(self, name: str) -> Path:
         return self.work / f"metapoison-{self.size}-{name}"
 
+    def draw(self, panels: list[plots.Panel], name: str) -> None:
+        """A picture, by the first process alone."""
+        if self.ranks.rank == 0:
+            plots.panels(panels, self.path(name))
+
     def attack(self, pair: tuple[int, str, str], **changes: Any) -> MetaPoison:
         target, _, poison_class = pair
         number = self.data.class_index(poison_class)
@@ -102,7 +109,7 @@ class MetaLab:
     def poison(self, name: str, attack: MetaPoison) -> Poison:
         """Crafted poison, with snapshots on the way beside it; read where it is there already."""
         path = self.path(f"{name}.npz")
-        if path.exists():
+        if self.ranks.everyones(path.exists())[0]:
             poison = Poison.load(path)
             if any(poison.settings.get(key) != value for key, value in attack.settings().items()):
                 raise ValueError(f"{path} was crafted with other settings; delete it or give another --work")
@@ -115,11 +122,14 @@ class MetaLab:
 
         print(f"crafting {path.stem}", file=sys.stderr, flush=True)
         poison = metapoison(
-            self.data, attack, device=self.device, checkpoint=partial, resume=True, progress=True, after_step=keep
-        )
-        poison.save(path)
-        partial.unlink(missing_ok=True)
-        plots.poison(poison, self.data, path.with_suffix(".png"))
+            self.data, attack, device=self.device, checkpoint=partial, resume=True, progress=True, after_step=keep,
+            group=self.ranks.group(),
+        )  # fmt: skip
+        if self.ranks.rank == 0:
+            poison.save(path)
+            partial.unlink(missing_ok=True)
+            plots.poison(poison, self.data, path.with_suffix(".png"))
+        self.ranks.everyones("it is there")
         return poison
 
     def snapshot(self, name: str, step: int) -> Path:
@@ -137,7 +147,7 @@ class MetaLab:
         recipe = VictimRecipe(**{**{name: getattr(attack, name) for name in names}, **changes})
         found = judge_victims(
             self.data, targets, recipe, poison=poison, count=count, seed=self.seed, curve=not changes,
-            out=self.path("victims.jsonl"), device=self.device,
+            out=self.path("victims.jsonl"), device=self.device, ranks=self.ranks,
         )  # fmt: skip
         places = [targets.index(target) for target in attack.target_index]
         return [victim.of(*places) for victim in found]

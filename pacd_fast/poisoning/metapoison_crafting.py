@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,8 @@ class _Crafting:
         self.targets = as_float(data.x_test[list(attack.target_index)]).to(device)
         self.targets = self.targets.contiguous(memory_format=layout(self.targets))
         self.base = as_float(data.x_train[index]).to(device)
-        self.row = torch.full((len(data.x_train),), -1, device=device)  # of an image among the poisons
-        self.row[index.to(device)] = torch.arange(len(index), device=device)
+        self.row = torch.full((len(data.x_train),), -1)  # of an image among the poisons, on the CPU
+        self.row[index.cpu()] = torch.arange(len(index))
         generator = torch.Generator().manual_seed(mix(attack.seed, Purpose.PERTURBATION_START))
         self.u = attack.ball.fill(self.base.cpu(), generator).to(device).requires_grad_()
         self.adam = torch.optim.Adam([self.u], lr=attack.craft_rate(0))
@@ -243,18 +243,16 @@ class _Crafting:
         seed = (surrogate.number, surrogate.generation, surrogate.epoch)
         order = torch.randperm(
             len(self.images), generator=torch.Generator().manual_seed(mix(attack.seed, Purpose.SURROGATE_ORDER, *seed))
-        ).to(self.device)
+        )
         gradient = torch.zeros_like(self.base)
         sums, batches, looked = torch.zeros(5, device=self.device), 0, 0
         model.train()
         with seeded(self.device, mix(attack.seed, Purpose.SURROGATE_DROPOUT, *seed)):
-            for index in order.split(attack.batch_size):
-                x, y, row = as_float(self.images[index]), self.labels[index], self.row[index]
+            for index, poisoned, clean, at in self._batches(order):
+                x, y = as_float(self.images[index]), self.labels[index]
                 x = x.contiguous(memory_format=layout(x))
-                held = row >= 0
-                if u is not None and bool(held.any()):
-                    at = row[held]
-                    meta, values = self._look_ahead(model, x, y, held, u[at], rate)
+                if u is not None and len(at):
+                    meta, values = self._look_ahead(model, x[clean], torch.cat([y[clean], y[poisoned]]), u[at], rate)
                     gradient[at] += meta
                     sums[:4] += values
                     looked += 1
@@ -270,22 +268,41 @@ class _Crafting:
         sums[4] /= batches
         return gradient, sums.tolist()
 
-    def _look_ahead(
-        self, model: nn.Module, x: Tensor, y: Tensor, held: Tensor, u: Tensor, rate: float
-    ) -> tuple[Tensor, Tensor]:
-        """The meta-gradient of the poisons in a batch, and (target loss before, after, margin, success)."""
-        attack = self.attack
+    def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """By batch of an epoch: its images, the places of the poisons and of the others, and which poisons those are.
+
+        On the device, all moved at once, so that no batch waits for it.
+        """
+        rows, size = self.row[order], self.attack.batch_size
+        batches = -(-len(order) // size)
+
+        def moved(values: Tensor, places: Tensor) -> tuple[Tensor, ...]:
+            return values.to(self.device).split(torch.bincount(places // size, minlength=batches).tolist())
+
+        poisoned, clean = (rows >= 0).nonzero().flatten(), (rows < 0).nonzero().flatten()
+        return zip(
+            order.to(self.device).split(size),
+            moved(poisoned % size, poisoned), moved(clean % size, clean), moved(rows[poisoned], poisoned),
+            strict=True,
+        )  # fmt: skip
+
+    def _look_ahead(self, model: nn.Module, clean: Tensor, y: Tensor, u: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """The meta-gradient of a batch's poisons u, and (target loss before, after, margin, success).
+
+        clean: the other images of the batch; y: the labels of those, then of the poisons.
+        """
+        attack, others = self.attack, len(clean)
         batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        clean, share = x[~held], float(held.sum()) / len(x)
+        share = len(u) / len(y)
         logits_seen = []
 
         def lower(u: Tensor, model: nn.Module) -> Tensor:
             u = u.contiguous(memory_format=layout(u))
             if batch_norm:
-                return F.cross_entropy(model(torch.cat([clean, u])), torch.cat([y[~held], y[held]]))
+                return F.cross_entropy(model(torch.cat([clean, u])), y)
             # The same number from two passes: what does not depend on u is not differentiated twice in the first step.
-            poisoned = share * F.cross_entropy(model(u), y[held])
-            return poisoned + (1 - share) * F.cross_entropy(model(clean), y[~held]) if len(clean) else poisoned
+            poisoned = share * F.cross_entropy(model(u), y[others:])
+            return poisoned + (1 - share) * F.cross_entropy(model(clean), y[:others]) if others else poisoned
 
         def upper(u: Tensor, model: nn.Module) -> Tensor:
             with eval_mode(model):

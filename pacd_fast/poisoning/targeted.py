@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pacd_fast.poisoning.baselines import noise_beside, watermark_beside
 from pacd_fast.poisoning.metapoison_settings import margin
 from pacd_fast.poisoning.poison import Poison
 from pacd_fast.randomness import Purpose, mix, seeded
+from pacd_fast.ranks import Ranks
 from pacd_fast.tables import aligned, mean_and_deviation
 from pacd_fast.training import Standard, digest, eval_mode, fit, layout, network_for
 
@@ -118,14 +120,18 @@ def judge_victims(
     out: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[Victim]:
     """Trains victims with the seeds seed, seed + 1, ... from scratch and asks them for the targets, test images.
 
     out: a file of JSON lines, one per victim; those that are in it already, trained alike on the same images, are read
     and not trained again, and beside it lies the last epoch of the one in training.
+    ranks: the processes to which victims are handed out, each of which calls this and gets all; until the end those of
+    the n-th lie beside out as well (victims.jsonl.rank1, ...).
 
     Raises ValueError for a poison that is not for these data, a recipe out of range, or a file of another kind.
     """
+    ranks = Ranks() if ranks is None else ranks
     images = list(map(int, target_index))
     at_least("victims", count, 1)
     poisoned = data if poison is None else poison.apply(data)
@@ -136,16 +142,27 @@ def judge_victims(
         "trained_on": digest(poisoned.x_train, poisoned.y_train),
         "target_index": images,
     }
+    ranks.agree(run)
     path = None if out is None else Path(out)
+    if path is not None and ranks.rank == 0:
+        _take_up(path)
+    ranks.everyones("those of a killed run are in the file")
     known = {} if path is None else _read(path, run)
+    ranks.everyones("it was read by all")
+    mine = path if path is None or ranks.rank == 0 else path.with_name(f"{path.name}.rank{ranks.rank}")
+    wanted = range(seed, seed + count)
+    todo = [number for number in wanted if number not in known or (curve and known[number].curve is None)]
     test, labels = as_float(data.x_test).to(device), data.y_test.to(device)
     targets = test[images]
-    found = []
-    for number in range(seed, seed + count):
-        done = known.get(number)
-        if done is not None and (done.curve is not None or not curve):
-            found.append(done)
-            continue
+
+    def unfinished(number: int) -> Path | None:
+        return None if path is None else path.with_name(f"{path.name}.{number}-{run['trained_on']}.partial")
+
+    for number in set(wanted) - set(todo):
+        if (left := unfinished(number)) is not None:
+            left.unlink(missing_ok=True)  # of a run that was killed between its line and this
+    trained = []
+    for number in map(todo.__getitem__, ranks.handed(len(todo))):
         points: dict[str, list[Any]] = {"logits": [], "accuracy": []}
 
         def watch(epoch: int, model: nn.Module, points: dict[str, list[Any]] = points) -> None:
@@ -156,7 +173,7 @@ def judge_victims(
         with seeded(torch.device("cpu"), mix(number, Purpose.VICTIM_WEIGHTS)):
             model = network_for(recipe.model, data)
         model = model.to(device)
-        partial = None if path is None or curve else path.with_name(f"{path.name}.{number}.partial")
+        partial = None if curve else unfinished(number)
         fit(
             model,
             poisoned,
@@ -171,17 +188,34 @@ def judge_victims(
             seed=mix(number, Purpose.VICTIM_TRAINING),
             checkpoint=partial,
             resume=partial is not None,
-            progress=progress,
+            progress=progress and ranks.rank == 0,
             after_epoch=watch if curve else None,
         )
         logits, accuracy = _asked(model, test, labels, targets)
         victim = Victim(number, logits, accuracy, points if curve else None)
-        found.append(victim)
-        if path is not None:
-            append_line(path, json.dumps({"run": run, **dataclasses.asdict(victim)}))
+        trained.append(dataclasses.asdict(victim))
+        if mine is not None:
+            append_line(mine, json.dumps({"run": run, **trained[-1]}))
         if partial is not None:
             partial.unlink(missing_ok=True)
-    return found
+    for rank, theirs in enumerate(ranks.everyones(trained)):
+        for each in theirs:
+            known[each["seed"]] = Victim(**each)
+            if rank and ranks.rank == 0 and path is not None:
+                append_line(path, json.dumps({"run": run, **each}))
+    ranks.everyones("rank 0 has written")
+    if mine is not None and mine != path:
+        mine.unlink(missing_ok=True)
+    return [known[number] for number in wanted]
+
+
+def _take_up(path: Path) -> None:
+    """Puts the victims of a killed run's other processes into the file, where they may be twice."""
+    for left in writable(path).parent.glob(f"{glob.escape(path.name)}.rank*"):
+        for line in read_text(left, "file of victims", 2**30).splitlines(keepends=True):
+            if line.endswith("\n"):
+                append_line(path, line[:-1])
+        left.unlink()
 
 
 @torch.no_grad()
@@ -270,10 +304,11 @@ def audit_targets(
     out: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The summary of victims on the poison and on what it is compared with, by name; all with the same seeds.
 
-    out: see `judge_victims`.  Raises ValueError for poison without targets, and as `judge_victims` does.
+    out, ranks: see `judge_victims`.  Raises ValueError for poison without targets, and as `judge_victims` does.
     """
     aim = poison.targets_aim()
     unknown = set(against) - set(COMPANIONS)
@@ -290,10 +325,10 @@ def audit_targets(
     for name, each in images.items():
         trained = judge_victims(
             data, aim.target_index, recipe,
-            poison=each, count=count, seed=seed, out=out, device=device, progress=progress,
+            poison=each, count=count, seed=seed, out=out, device=device, progress=progress, ranks=ranks,
         )  # fmt: skip
         found[name] = summarize_victims(trained, aim.adversarial_class)
-        if progress:
+        if progress and (ranks is None or ranks.rank == 0):
             one = found[name]
             print(f"{name}: success {one['successes']}/{one['trials']}, margin {one['margin']:.2f}", file=sys.stderr)
     return found
