@@ -91,7 +91,8 @@ def test_a_target_is_read_as_it_was_written(target):
 
 
 @pytest.mark.parametrize(
-    "target", ["", "Full", "full 0.5", "radii", "radii ", "tolerance", "tolerance 0", "radius 0.5"]
+    "target",
+    ["", "Full", "full 0.5", "radii", "radii ", "tolerance", "tolerance 0", "tolerance 0.1 0.2", "radius 0.5"],
 )
 def test_targets_that_are_none(target):
     with pytest.raises(ValueError, match="is none of full, radii|radii must hold|could not convert|must be positive"):

@@ -94,11 +94,7 @@ class Question:
         """The question of a results file.  Raises ValueError."""
         kind, *numbers = target.split(" ")
         values = [float(text) for text in numbers]
-        if (
-            kind not in ("full", "radii", "tolerance")
-            or (kind == "full" and values)
-            or (kind == "tolerance") > len(values)
-        ):
+        if kind != "radii" and len(values) != {"full": 0, "tolerance": 1}.get(kind):
             raise ValueError(f"target {target!r} is none of full, radii ..., tolerance ...")
         radii, tolerance = values if kind == "radii" else None, values[0] if kind == "tolerance" else None
         return cls.of(sigma, n0, n, alpha, radii, tolerance, sides, futility)
