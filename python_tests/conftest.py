@@ -59,11 +59,38 @@ def _noise_close(ours: Tensor, plain: Tensor) -> None:
 
 
 def _noise_out(*args: Any, **options: Any) -> Tensor:
-    x, copies = args[0], args[2]
-    dtype, layout = options.pop("dtype", x.dtype), options.pop("memory_format", torch.contiguous_format)
-    shape = (x.shape[0] * copies, *x.shape[1:])
-    out = torch.full(shape, torch.nan, dtype=dtype, device=x.device).contiguous(memory_format=layout)
+    out = _out(args[0], args[2], options)
     return ops.noisy_copies(*args, **options, out=out)
+
+
+def _row_table(x: Tensor, copies: int, first: int = 0, stream: int = 0) -> Tensor:
+    """(image, stream, sample) of what a call by images draws, the last row first."""
+    image, sample = torch.meshgrid(torch.arange(len(x)), first + torch.arange(copies), indexing="ij")
+    return torch.stack([image, torch.full_like(image, stream), sample], 2).flatten(0, 1).flip(0).to(x.device)
+
+
+def _out(x: Tensor, copies: int, options: dict[str, Any]) -> Tensor:
+    """Room for copies of x, of NaNs, as the options for it say, which are taken away."""
+    dtype, layout = options.pop("dtype", x.dtype), options.pop("memory_format", torch.contiguous_format)
+    out = torch.full((len(x) * copies, *x.shape[1:]), torch.nan, dtype=dtype, device=x.device)
+    return out.contiguous(memory_format=layout)
+
+
+def _noise_rows(x: Tensor, sigma: float, copies: int, seed: int, **options: Any) -> Tensor:
+    out, ids = _out(x, copies, options), options.pop("image_ids", None)
+    law = [options.pop(name, None) for name in ("mean", "std")]
+    law = [None if each is None else torch.as_tensor(each).to(x.device) for each in law]
+    table = _row_table(x, copies, **options)
+    ops.operators.noisy_copies_(out, x.float(), ids, sigma, seed, 0, 0, *law, table)
+    return out.flip(0)
+
+
+def _lattice_rows(x: Tensor, sigma: float, copies: int, seed: int, **options: Any) -> tuple[Tensor, Tensor]:
+    out, ids = _out(x, copies, options), options.pop("image_ids", None)
+    lattice = ops.lattice_of(x.float(), sigma, options.pop("step"), options.pop("offset", None))
+    table = _row_table(x, copies, **options)
+    voids = ops.operators.lattice_copies_(out, x.float(), ids, sigma, *lattice, seed, 0, 0, table)
+    return out.flip(0), voids.flip(0)
 
 
 def _lattice() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -111,10 +138,7 @@ def _lattice_close(ours: Tensor, plain: Tensor) -> None:
 
 
 def _lattice_out(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    x, copies = args[0], args[2]
-    dtype, layout = options.pop("dtype", x.dtype), options.pop("memory_format", torch.contiguous_format)
-    shape = (x.shape[0] * copies, *x.shape[1:])
-    out = torch.full(shape, torch.nan, dtype=dtype, device=x.device).contiguous(memory_format=layout)
+    out = _out(args[0], args[2], options)
     return ops.lattice_copies(*args, **options, out=out)
 
 
@@ -132,6 +156,8 @@ def _votes() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         ((torch.zeros(1, 3, dtype=torch.int64), torch.randn(64, 6)[:, ::2], torch.zeros(64, dtype=torch.int64)), {})
     )
     cases.append(((torch.zeros(2, 3, dtype=torch.int64), torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), {}))
+    for (_, logits, index), _ in cases[:2]:  # with a column for the void ones, which some rows with NaN are, too
+        cases.append(((torch.ones(4, 8, dtype=torch.int64), logits, index, torch.arange(500) % 7 == 1), {}))
     return cases
 
 
@@ -297,6 +323,10 @@ def _same(ours: Tensor, plain: Tensor) -> None:
 CASES = {
     "noisy_copies": Case("noisy_copies", ops.noisy_copies, reference.noisy_copies, _noise, _noise_close),
     "noisy_copies, out": Case("noisy_copies_", _noise_out, reference.noisy_copies, _noise, _noise_close),
+    "noisy_copies, rows": Case("noisy_copies_", _noise_rows, reference.noisy_copies, _noise, _noise_close),
+    "lattice_copies, rows": Case(
+        "lattice_copies_", _one(_lattice_rows), _one(reference.lattice_copies), _lattice, _lattice_close
+    ),
     "lattice_copies": Case(
         "lattice_copies", _one(ops.lattice_copies), _one(reference.lattice_copies), _lattice, _lattice_close
     ),
