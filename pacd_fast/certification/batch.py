@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ from pacd_fast.certification.classifier import PASSES, BaseClassifier
 from pacd_fast.certification.noise import Copies
 from pacd_fast.randomness import Stream
 
-Pieces: TypeAlias = NDArray[np.int64] | Sequence[tuple[int, int, int, int, int]]
+Pieces: TypeAlias = Iterable[tuple[int, int, int, int, int]]
 """Samples [first, first + count) of an image on a stream, counted in a slot: (image, stream, first, count, slot)."""
 
 Count: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], object]
@@ -45,33 +45,41 @@ class Batch:
 
     def begin(self, copies: Copies) -> None:
         """From now on of these images, with the same noise; the table is zero."""
-        self._copies, self._shown = copies, np.zeros(0, dtype=np.int64)
+        self._copies = self._some = copies
+        self._shown: list[int] = []
         self.table.zero_()
 
     def add(self, pieces: Pieces) -> None:
         """Draws and counts some pieces, at most `rows` samples.  The host does not wait for the device."""
-        image, *numbers = np.asarray(pieces).T
-        chosen, places = np.unique(image, return_inverse=True)
-        self._write(np.stack([places, *numbers], axis=1))
-        if self._replay is None or len(chosen) > IMAGES:
-            self._run(self._copies.some(sent(chosen, self.device)))
-            return
-        if not np.array_equal(chosen, self._shown):
-            index = sent(np.resize(chosen, IMAGES), self.device)
-            torch.index_select(self._copies.images, 0, index, out=self._room.images)
-            torch.index_select(self._copies.ids, 0, index, out=self._room.ids)
+        chosen = self._write(pieces)
+        replay = self._replay if len(chosen) <= IMAGES else None
+        if chosen != self._shown:
             self._shown = chosen
-        self._replay()
+            index = sent(np.resize(chosen, len(chosen) if replay is None else IMAGES), self.device)
+            if replay is None:
+                self._some = self._copies.some(index)
+            else:
+                torch.index_select(self._copies.images, 0, index, out=self._room.images)
+                torch.index_select(self._copies.ids, 0, index, out=self._room.ids)
+        if replay is None:
+            self._run(self._some)
+        else:
+            replay()
 
-    def _write(self, pieces: NDArray[np.int64]) -> None:
-        """The plan of some pieces; rows of the padding show image 0, for no slot."""
-        count, plan = pieces[:, 3], np.zeros(4 * self.rows, dtype=np.int64)
+    def _write(self, pieces: Pieces) -> list[int]:
+        """Plans some pieces; their images, of which a row has the place.  Rows of the padding are for no slot."""
+        plan, places, start = np.zeros(4 * self.rows, dtype=np.int64), dict[int, int](), 0
         rows, slots = plan[: -self.rows].reshape(-1, 3), plan[-self.rows :]
-        drawn, slots[:] = int(count.sum()), -1
-        rows[:drawn] = pieces[:, :3].repeat(count, axis=0)
-        rows[:drawn, 2] += np.arange(drawn) - (count.cumsum() - count).repeat(count)
-        slots[:drawn] = pieces[:, 4].repeat(count)
+        slots[:] = -1
+        for image, stream, first, count, slot in pieces:
+            stop = start + count
+            rows[start:stop, 0] = places.setdefault(image, len(places))
+            rows[start:stop, 1] = stream
+            rows[start:stop, 2] = np.arange(first, first + count)
+            slots[start:stop] = slot
+            start = stop
         self._plan.copy_(sendable(plan, self.device), non_blocking=True)
+        return list(places)
 
     def _run(self, copies: Copies) -> Tensor:
         """The planned rows of some images, counted; their logits."""
@@ -85,12 +93,12 @@ class Batch:
         capture = CAPTURES.get(self.device.type)
         if capture is None:
             return None
-        part = np.arange(min(IMAGES, self.rows))
-        stream, count = np.full(len(part), Stream.TUNING), np.full(len(part), self.rows // len(part))
+        parts, slots = min(IMAGES, self.rows), len(self.table)
 
         def throw_away(first: int) -> None:
-            slots = (part + first) % (len(self.table) + 1) - 1
-            self._write(np.stack([part, stream, part + first, count, slots], axis=1))
+            self._write(
+                (i, Stream.TUNING, i + first, self.rows // parts, (i + first) % (slots + 1) - 1) for i in range(parts)
+            )
             self.table.zero_()
 
         try:

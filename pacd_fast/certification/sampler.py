@@ -70,7 +70,7 @@ class Sampler:
                 pieces, complete = planner.plan(rows)
                 mine = share.mine(pieces, self.rows)
                 if len(mine):
-                    batch.add(mine)
+                    batch.add(mine.tolist())
                 if len(pieces):
                     advance(int(pieces[:, 3].sum()), 0, 0)
                 waiting.append(_Report(batch.table, complete))
