@@ -67,10 +67,10 @@ class Batch:
             replay()
 
     def _write(self, pieces: Pieces) -> list[int]:
-        """Plans some pieces; their images, of which a row has the place.  Rows of the padding are for no slot."""
+        """Plans some pieces; their images, of which a row has the place.  Rows of the padding are thrown away."""
         plan, places, start = np.zeros(4 * self.rows, dtype=np.int64), dict[int, int](), 0
         rows, slots = plan[: -self.rows].reshape(-1, 3), plan[-self.rows :]
-        slots[:] = -1
+        rows[:, 1], slots[:] = Stream.TUNING, -1
         for image, stream, first, count, slot in pieces:
             stop = start + count
             rows[start:stop, 0] = places.setdefault(image, len(places))
