@@ -205,7 +205,7 @@ def test_certificates_from_a_graph_are_the_eager_ones(kind, device, monkeypatch)
     monkeypatch.setattr(batch, "IMAGES", 4)
     monkeypatch.setitem(batch.CAPTURES, "cuda", counted)
     graphs = found()
-    assert len(replays) > 3 + 9 * (5100 + 2100) // 256 // 2
+    assert len(replays) > 9 * 2100 // 256  # soft certificates alone take so many
     monkeypatch.setattr(batch, "CAPTURES", {})
     assert all(different_bits(a.cpu(), b) is None for a, b in zip(found(), graphs, strict=True))
 
