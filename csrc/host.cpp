@@ -116,9 +116,10 @@ py::array_t<float> lattice_points(Pixels x, float sigma, double step, double off
   std::vector<uint8_t> voids(samples);
   const PlacePixels place{x.data(), &lattice, whole.data(), part.data(), elements, elements, 1};
   for (int64_t item = 0; item * tile_size < elements; ++item) place(item);
+  const BatchRows rows{&image, nullptr, 1, samples, first, seed, stream};
   const LatticeCopies<float> kernel{x.data(),     whole.data(), part.data(), &lattice, out.mutable_data(),
-                                    voids.data(), &image,       samples,     first,    elements,
-                                    1,            elements,     seed,        stream,   false};
+                                    voids.data(), rows,         elements,    1,        elements,
+                                    false};
   for (int64_t r = 0; r < samples; ++r) {
     const auto row = kernel.row(r);
     for (int64_t e = 0; e < elements; ++e) {

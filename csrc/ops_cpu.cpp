@@ -13,7 +13,7 @@ PACD_CLONES void tiles_between(const Kernel& shared, int64_t begin, int64_t end,
   const Kernel kernel = shared;  // a copy: what is written cannot alias it
   constexpr int64_t most = 16;   // tiles at a time, so that their numbers stay in the first cache
   alignas(64) float numbers[most * tile_size];
-  const RoundKeys rounds(kernel.seed);
+  const RoundKeys rounds(kernel.rows.seed);
   constexpr typename Kernel::Pairs pairs;
   int64_t r = begin / tiles, first = begin - r * tiles;  // the row, and the tile in it
   for (int64_t i = begin; i < end; ++r, first = 0) {

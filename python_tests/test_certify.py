@@ -14,6 +14,7 @@ from pacd_fast import _C, ops
 from pacd_fast.certification.noise import Copies
 from pacd_fast.networks import build
 from pacd_fast.ops import reference
+from pacd_fast.randomness import Stream
 
 
 class Plane(nn.Module):
@@ -102,11 +103,13 @@ def test_selection_and_estimation_never_share_samples(network, monkeypatch):
     """Every sample of every image is drawn once, selection and estimation on streams of their own."""
     drawn = []
     draw = Copies.draw
-    monkeypatch.setattr(
-        Copies,
-        "draw",
-        lambda self, out, i, s, k: (drawn.extend((i, s, k + j) for j in range(len(out))), draw(self, out, i, s, k))[1],
-    )
+
+    def noted(self, out, rows):
+        found = [(int(self.ids[image]), stream, sample) for image, stream, sample in rows.tolist()]
+        drawn.extend(row for row in found if row[1] != Stream.TUNING)  # a batch's padding
+        return draw(self, out, rows)
+
+    monkeypatch.setattr(Copies, "draw", noted)
     options = dict(num_classes=10, sigma=0.5, n0=7, n=50, batch_size=64, futility=0)
     pacd_fast.certify(network, torch.rand(3, 1, 28, 28), **options)
     assert sorted(drawn) == [(i, s, k) for i in range(3) for s, n in ((0, 7), (1, 50)) for k in range(n)]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import pacd_fast
 from pacd_fast import ops
+from pacd_fast.certification import batch
 from pacd_fast.certification.classifier import BaseClassifier
 from pacd_fast.certification.noise import Noise
-from pacd_fast.certification.sampler import _Votes
+from pacd_fast.certification.sampler import _Report
 from pacd_fast.certification.vote import sampler_of
 from pacd_fast.data import Dataset
 from pacd_fast.poisoning import Ball, MetaPoison, Pacd, Recipe, metapoison, pacd
@@ -88,6 +89,10 @@ def test_tensors_of_two_devices_are_refused():
     counts, logits = torch.zeros(2, 3, dtype=torch.int64, device="cuda"), torch.eye(3, device="cuda")
     with pytest.raises(RuntimeError, match="on one device"):
         torch.ops.pacd_fast.add_votes_(counts, logits, torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_row_of_no_image_reads_no_other_memory(device):
+    assert compare.outside(torch.ops.pacd_fast, device) is None
 
 
 def test_votes_for_no_image_are_left_out():
@@ -180,29 +185,53 @@ def test_hard_and_soft_certificates(device):
         torch.testing.assert_close(there.radius.cpu(), here.radius, rtol=0, atol=2e-3)
 
 
-def test_a_pass_is_one_graph_with_the_eager_bits(device):
-    x, network = torch.rand(4, 1, 8, 8), tiny(3).to(device)
-    classifier = BaseClassifier(network, x, 3, rows=64)
-    batch, over = classifier.batch_and_pass()
-    assert not classifier.notes and classifier.batch_and_pass()[1] is over  # captured once
-    for seed in range(3):
-        ops.noisy_copies(x[:1].to(device), 1.0, 64, seed, out=batch)
-        assert different_bits(classifier(batch).cpu(), over()) is None
-    waiting = BaseClassifier(lambda batch: network(batch) * float(batch.mean() < 9), x.to(device), 3, rows=64)
-    assert waiting.batch_and_pass()[1]().shape == (64, 3) and "no CUDA graph" in waiting.notes[0]
+@pytest.mark.parametrize("kind", ["lattice", "float"])
+def test_certificates_from_a_graph_are_the_eager_ones(kind, device, monkeypatch):
+    """Bit for bit, of 9 images with room for 4 in the graph; it is captured once a run, and replayed."""
+    x, network, replays = torch.rand(9, 1, 8, 8), tiny(3).to(device), []
+    capture = batch.CAPTURES["cuda"]
+
+    def counted(run, where):
+        replay = capture(run, where)
+        return lambda: (replays.append(where), replay())[1]
+
+    def found() -> list[Tensor]:
+        options = {"num_classes": 3, "sigma": 0.5, "seed": 5, "noise": kind, "batch_size": 256}
+        hard = pacd_fast.certify(network, x, n=5000, **options)
+        soft = pacd_fast.soft_certify(network, x, n=2000, **options)
+        predicted = pacd_fast.predict(network, x, n=2000, n0=10, **options)
+        return [hard.counts, hard.radius, hard.voids, soft.mean, soft.radius, predicted.counts, predicted.samples]
+
+    monkeypatch.setattr(batch, "IMAGES", 4)
+    monkeypatch.setitem(batch.CAPTURES, "cuda", counted)
+    graphs = found()
+    assert len(replays) > 9 * 2100 // 256  # soft certificates alone take so many
+    monkeypatch.setattr(batch, "CAPTURES", {})
+    assert all(different_bits(a.cpu(), b) is None for a, b in zip(found(), graphs, strict=True))
+
+
+def test_a_model_that_waits_is_run_eagerly(device):
+    x, network = torch.rand(4, 1, 8, 8, device=device), tiny(3).to(device)
+    for model, note in ((network, False), (lambda images: network(images) * float(images.mean() < 9), True)):
+        classifier = BaseClassifier(model, x, 3, rows=64, compile=False)
+        sampler = sampler_of(classifier, x, 3, Noise.of("lattice", 0.5), 1, 5000)
+        with sampler.counting(ops.tally_votes, 4, 4) as counts:
+            counts.add([(0, 1, 0, 40, 2)])
+        assert int(counts.table[2].sum()) == 40 and bool(classifier.notes) == note
+        assert all("no CUDA graph" in each for each in classifier.notes)
 
 
 def test_a_batch_of_certification_does_not_wait(device):
     sampler = sampler_of(tiny(3).to(device), torch.rand(2, 1, 8, 8), 3, Noise.of("lattice", 0.5), 1, 5000, rows=64)
-    votes = _Votes(64, sampler.classifier)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for number in range(5):
-            votes.add(*sampler.logits([(0, 1, 64 * number, 40, 0), (1, 1, 64 * number, 24, 1)]))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    counted, void = votes.report(np.arange(2)).values()
-    assert int(counted.sum() + void.sum()) == 5 * 64
+    with sampler.counting(ops.tally_votes, 66, 4) as counts:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for number in range(5):
+                counts.add([(0, 1, 64 * number, 40, 0), (1, 1, 64 * number, 24, 1)])
+                report = _Report(counts.table, np.arange(2))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert int(report.values().sum()) == 64
 
 
 def test_poison(device):

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import CASES, lowered
+from conftest import CASES, different_bits, lowered
 from torch import Tensor
 
 from pacd_fast import ops
@@ -266,6 +266,12 @@ BAD = {
     r"image_index must be in \[0, 2\)": lambda x: ops.add_votes_(
         torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
     ),
+    r"void must be bool \[4\]": lambda x: ops.add_votes_(
+        torch.zeros(2, 4, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4)
+    ),
+    "\\[M, 2\\], not": lambda x: ops.add_votes_(
+        torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4).bool()
+    ),
     "k must be int64": lambda x: ops.clopper_pearson_lower(torch.tensor(1.0), 10, 0.1),
     r"k must be in \[0, n\]": lambda x: ops.clopper_pearson_upper(torch.tensor(11), 10, 0.1),
     "n must be": lambda x: ops.clopper_pearson_lower(torch.tensor(0), 0, 0.1),
@@ -279,6 +285,46 @@ BAD = {
 def test_bad_input_is_a_clear_error(message):
     with pytest.raises(ValueError, match=message):
         BAD[message](torch.rand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("row", [(-1, 0, 0), (2, 0, 0), (0, -1, 0), (0, 2**15, 0), (0, 0, -1), (0, 0, 2**32)])
+def test_rows_out_of_range_are_refused(row):
+    x, one = torch.rand(2, 5), torch.ones(1, dtype=torch.float64)
+    table = torch.tensor([(0, 1, 2), row])
+    with pytest.raises(RuntimeError, match=r"image in \[0, B\), stream in \[0, 2\^15\), sample in"):
+        ops.operators.lattice_copies_(torch.empty(2, 5), x, None, 0.5, one, 0 * one, 7, 0, 0, table)
+    if row[1] != 2**15:
+        with pytest.raises(RuntimeError, match=r"stream in \[0, 2\^16\)"):
+            ops.operators.noisy_copies_(torch.empty(2, 5), x, None, 0.5, 7, 0, 0, None, None, table)
+
+
+def test_a_table_of_rows_has_a_row_for_each_of_out():
+    x = torch.rand(2, 5)
+    for table in (torch.zeros(3, 3).long(), torch.zeros(2, 2).long(), torch.zeros(2, 3), torch.zeros(6).long()):
+        with pytest.raises(RuntimeError, match="rows must be int64"):
+            ops.operators.noisy_copies_(torch.empty(2, 5), x, None, 0.5, 7, 0, 0, None, None, table)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_many_pieces_are_those_of_the_pieces(dtype, layout):
+    x, ids = torch.rand(4, 3, 9, 7), torch.tensor([5, 2**47, 0, 77])
+    pieces = [(2, 1, 0, 5), (0, 0, 2**32 - 3, 3), (2, 7, 90, 1), (3, 2**15 - 1, 6, 4)]
+    table = torch.tensor([(image, stream, first + i) for image, stream, first, count in pieces for i in range(count)])
+    step, offset = torch.tensor([1 / 255, 0.1, 1e-5]).double(), torch.tensor([0, 0.3, -2.0]).double()
+    x[3, 1, 2, 3] = torch.nan  # void
+    outs = [torch.empty(13, 3, 9, 7, dtype=dtype).contiguous(memory_format=layout) for _ in range(4)]
+    ops.operators.noisy_copies_(outs[0], x, ids, 0.5, 7, 0, 0, None, None, table)
+    void = ops.operators.lattice_copies_(outs[1], x, ids, 0.5, step, offset, 7, 0, 0, table)
+    voids = []
+    for begin, (image, stream, first, count) in zip((0, 5, 8, 9), pieces, strict=True):
+        part, one = slice(begin, begin + count), slice(image, image + 1)
+        ops.operators.noisy_copies_(outs[2][part], x[one], ids[one], 0.5, 7, first, stream, None, None)
+        voids.append(
+            ops.operators.lattice_copies_(outs[3][part], x[one], ids[one], 0.5, step, offset, 7, first, stream)
+        )
+    assert different_bits(outs[0], outs[2]) is None and different_bits(outs[1], outs[3]) is None
+    assert torch.equal(void, torch.cat(voids)) and void.tolist() == [False] * 9 + [True] * 4
 
 
 def test_nothing_in_nothing_out():

@@ -58,6 +58,10 @@ def test_sizes_about_a_warp_a_block_and_a_grid_give_the_bits_of_the_cpu(calls, p
         assert compare.difference(call, played) is None
 
 
+def test_a_row_of_no_image_reads_no_other_memory(played):
+    assert compare.outside(played) is None
+
+
 def test_edge_sizes_are_tried_with_every_operator():
     operators = {case.op for case in CASES.values() if not case.op.endswith("copies")}
     assert operators <= {name for calls in EDGES for name, _ in calls()}
@@ -115,12 +119,24 @@ NOISE = {
         "for (int j = 0; j + 1 < wide; ++j) convert(",
     ),
     "a channel's end overlooked": ("if (pixel == plane) ++channel, pixel = 0;", ""),
+    "the next row's image": ("table[3 * r];", "table[3 * r + 3];"),
+    "stream and sample exchanged": (
+        "(table[3 * r + 1]), static_cast<uint32_t>(table[3 * r + 2])",
+        "(table[3 * r + 2]), static_cast<uint32_t>(table[3 * r + 1])",
+    ),
+    "an image too many": ("image < images ? image : 0", "image <= images ? image : 0"),
+    "an image before the first": ("image >= 0 && image < images", "image < images"),
+}
+VOTES = {
+    "a void row's vote": ("if (voids && voids[row]) return counter + classes;", ""),
+    "no column for void rows": ("(classes + (voids != nullptr))", "classes"),
 }
 MUTANTS = {
     "nothing": ("ops_cuda.cu", "constexpr int block_size = 256;", "constexpr int block_size = 256;"),
     **{name: ("ops_cuda.cu", *texts) for name, texts in MISTAKES.items()},
     **{name: ("kernels/noise.h", *texts) for name, texts in NOISE.items()},
     **{name: ("kernels/lattice.h", *texts) for name, texts in LATTICE.items()},
+    **{name: ("kernels/votes.h", *texts) for name, texts in VOTES.items()},
 }
 
 

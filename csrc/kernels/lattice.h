@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "math/half.h"
+#include "kernels/noise.h"
 #include "math/lattice.h"
 
 namespace pacd {
@@ -46,8 +46,8 @@ struct PlacePixels {
   }
 };
 
-// out[row] = the point of the cell that holds x[row / copies] + sigma Z, Z of (seed, stream, image, first + row % copies);
-// voids[row] = 1 where a cell could not be decided.
+// out[row] = the point of the cell that holds x[image] + sigma Z, with image and Z of the row; voids[row] = 1 where a cell
+// could not be decided.
 template <class Out>
 struct LatticeCopies {
   const float* x;
@@ -56,10 +56,8 @@ struct LatticeCopies {
   const Lattice* lattices;  // one a channel, or one
   Out* out;
   uint8_t* voids;
-  const int64_t* image_ids;  // null: 0, 1, 2, ...
-  int64_t copies, first, elements, channels, plane;  // plane: the elements of one lattice
-  uint64_t seed;
-  uint32_t stream;
+  BatchRows rows;
+  int64_t elements, channels, plane;  // plane: the elements of one lattice
   bool channels_last;
 
   using Pairs = BoundedBoxMuller;
@@ -73,12 +71,8 @@ struct LatticeCopies {
   };
 
   PACD_INLINE Row row(int64_t r) const {
-    const int64_t image = quotient(r, copies);
-    const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
-    return {{seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))},
-            image * elements,
-            out + r * elements,
-            voids + r};
+    const int64_t image = rows.image(r);
+    return {rows.key(r, image), image * elements, out + r * elements, voids + r};
   }
 
   PACD_INLINE const Lattice& lattice_of(int64_t e) const { return lattices[e / plane]; }

@@ -11,18 +11,37 @@
 
 namespace pacd {
 
-// out[row] = (x[row / copies] + sigma * noise - mean) * (1 / std), with the noise of
-// (seed, stream, image, first + row % copies).
+// Which image each row of a batch shows, and with which noise: row by row as a table says, or samples [first, first +
+// copies) of every image, one image after the other.
+struct BatchRows {
+  const int64_t* image_ids;  // null: 0, 1, 2, ...
+  const int64_t* table;      // (image, stream, sample) of every row; or null
+  int64_t images, copies, first;
+  uint64_t seed;
+  uint32_t stream;
+
+  PACD_INLINE int64_t image(int64_t r) const {
+    if (!table) return quotient(r, copies);
+    const int64_t image = table[3 * r];
+    return image >= 0 && image < images ? image : 0;  // refused by the caller where it can be; never read outside
+  }
+
+  PACD_INLINE NoiseKey key(int64_t r, int64_t image) const {
+    const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
+    if (table) return {seed, id, static_cast<uint32_t>(table[3 * r + 1]), static_cast<uint32_t>(table[3 * r + 2])};
+    return {seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))};
+  }
+};
+
+// out[row] = (x[image] + sigma * noise - mean) * (1 / std), with image and noise of the row.
 template <class Out, bool normalise>
 struct NoisyCopies {
   const float* x;
   Out* out;
-  const int64_t* image_ids;  // null: 0, 1, 2, ...
-  const float* mean;         // per channel, with normalise
+  BatchRows rows;
+  const float* mean;  // per channel, with normalise
   const float* std;
-  int64_t copies, first, elements, channels;
-  uint64_t seed;
-  uint32_t stream;
+  int64_t elements, channels;
   float sigma;
   bool channels_last;
 
@@ -39,11 +58,8 @@ struct NoisyCopies {
   };
 
   PACD_INLINE Row row(int64_t r) const {
-    const int64_t image = quotient(r, copies);
-    const uint64_t id = static_cast<uint64_t>(image_ids ? image_ids[image] : image);
-    return {{seed, id, stream, static_cast<uint32_t>(first + (r - image * copies))},
-            x + image * elements,
-            out + r * elements};
+    const int64_t image = rows.image(r);
+    return {rows.key(r, image), x + image * elements, out + r * elements};
   }
 
   PACD_INLINE float value(float pixel, float number, float shift, float inverse) const {

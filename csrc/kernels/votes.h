@@ -13,11 +13,12 @@ PACD_INLINE float widened(In x) {
 }
 
 // counts[image_index[row], argmax(logits[row])] += 1; a row that chooses no class, with a NaN or whose largest logit is
-// infinite, goes to nan_rows[image_index[row]] instead.
+// infinite, goes to nan_rows[image_index[row]] instead, and a void one to a last column of counts.
 template <class In>
 struct AddVotes {
   const In* logits;
   const int64_t* image_index;
+  const uint8_t* voids;  // or null
   int64_t* counts;
   int64_t* nan_rows;
   int64_t images, classes;
@@ -25,6 +26,8 @@ struct AddVotes {
   PACD_INLINE int64_t* counter(int64_t row) const {
     const int64_t image = image_index[row];
     if (image < 0 || image >= images) return nullptr;  // refused by the caller where it can be; never written through
+    int64_t* counter = counts + image * (classes + (voids != nullptr));
+    if (voids && voids[row]) return counter + classes;
     const In* values = logits + row * classes;
     auto best = widened(values[0]);
     int64_t vote = 0;
@@ -38,7 +41,7 @@ struct AddVotes {
       }
     }
     nan = nan || best - best != 0;  // infinite: what overflowed may be less than it seems, or more
-    return nan ? nan_rows + image : counts + image * classes + vote;
+    return nan ? nan_rows + image : counter + vote;
   }
 };
 

@@ -8,12 +8,13 @@ namespace pacd {
 
 inline constexpr const char* schema_lattice_copies_ =
     "lattice_copies_(Tensor(a!) out, Tensor x, Tensor? image_ids, float sigma, Tensor step, Tensor offset, SymInt "
-    "seed, SymInt first, SymInt stream) -> Tensor";
-// step and offset: float64, one number or one per channel.  Returns which rows are void, bool [B * copies].
+    "seed, SymInt first, SymInt stream, Tensor? rows=None) -> Tensor";
+// step and offset: float64, one number or one per channel.  Returns which rows are void, a bool for each.
 template <class Exec>
 Tensor lattice_copies_(Tensor out, Tensor x, std::optional<Tensor> image_ids, double sigma, Tensor step, Tensor offset,
-                       int64_t seed, int64_t first, int64_t stream) {
-  const auto shape = noise_shape("lattice_copies", out, x, image_ids, first, stream, 15);
+                       int64_t seed, int64_t first, int64_t stream, std::optional<Tensor> rows) {
+  const auto ids = contiguous(image_ids), table = contiguous(rows);
+  const auto shape = noise_shape<Exec>("lattice_copies", out, x, ids, table, seed, first, stream, 15);
   on_one_device("lattice_copies", x, step, offset);
   Tensor voids = torch::stable::new_zeros(out, {out.size(0)}, ScalarType::Bool);
   if (shape.rows == 0) return voids;
@@ -24,10 +25,9 @@ Tensor lattice_copies_(Tensor out, Tensor x, std::optional<Tensor> image_ids, do
   const int64_t plane = shape.elements / count;
   const Tensor images = torch::stable::contiguous(x), steps = torch::stable::contiguous(step),
                offsets = torch::stable::contiguous(offset);
-  const auto ids = contiguous(image_ids);
-  const Tensor table = torch::stable::new_empty(step, {count * static_cast<int64_t>(sizeof(Lattice))}, ScalarType::Byte);
+  const Tensor memory = torch::stable::new_empty(step, {count * static_cast<int64_t>(sizeof(Lattice))}, ScalarType::Byte);
   const Tensor whole = torch::stable::new_empty(images, {pixels}), part = torch::stable::new_empty(images, {pixels});
-  auto* lattices = pointer<Lattice>(table);
+  auto* lattices = pointer<Lattice>(memory);
   Exec::run_rows(MakeLattices{pointer<const double>(steps), pointer<const double>(offsets), lattices,
                               static_cast<float>(sigma)},
                  count, 1024, out);
@@ -42,14 +42,10 @@ Tensor lattice_copies_(Tensor out, Tensor x, std::optional<Tensor> image_ids, do
                                        lattices,
                                        pointer<Out>(out),
                                        pointer<uint8_t>(voids),
-                                       pointer<const int64_t>(ids),
-                                       shape.copies,
-                                       first,
+                                       shape.each,
                                        shape.elements,
                                        shape.channels_last ? x.size(1) : 1,
                                        plane,
-                                       static_cast<uint64_t>(seed),
-                                       static_cast<uint32_t>(stream),
                                        shape.channels_last},
                     shape.rows, out);
   });
@@ -64,7 +60,7 @@ std::tuple<Tensor, Tensor> lattice_copies(Tensor x, std::optional<Tensor> image_
                                           Tensor offset, int64_t copies, int64_t seed, int64_t first, int64_t stream,
                                           ScalarType dtype, bool channels_last) {
   Tensor out = empty_copies(x, copies, dtype, channels_last);
-  Tensor voids = lattice_copies_<Exec>(out, x, image_ids, sigma, step, offset, seed, first, stream);
+  Tensor voids = lattice_copies_<Exec>(out, x, image_ids, sigma, step, offset, seed, first, stream, std::nullopt);
   return {out, voids};
 }
 

@@ -1,11 +1,12 @@
 """Randomized smoothing: sampling, certificates, their files and summaries.
 
 `question` is what is asked of each image, `noise` what it is asked about, `classifier` the base classifier as one fixed
-function, `sampler` draws its votes; `vote` turns them into certificates, `prediction` into classes; `smooth` is the
-drop-in class, `soft` certifies mean probabilities, `monte_carlo` any yes/no function.  `dataset` certifies images of a
-data set into a file, `sharing` is how several processes do it together; `rows` is what a file says, `results` the file,
-`rank_files` those of several processes, `merging` several as one, `verification` checks one, `summary` is what it comes
-to; `timing` how fast it is; `selftest` tests noise and bounds on the user's machine.
+function, `batch` draws samples of it and counts, `sampler` those that a planner wants; `vote` turns votes into
+certificates, `prediction` into classes; `smooth` is the drop-in class, `soft` certifies mean probabilities,
+`monte_carlo` any yes/no function.  `dataset` certifies images of a data set into a file, `sharing` is how several
+processes do it together; `rows` is what a file says, `results` the file, `rank_files` those of several processes,
+`merging` several as one, `verification` checks one, `summary` is what it comes to; `timing` how fast it is; `selftest`
+tests noise and bounds on the user's machine.
 Imports `arguments`, `files`, `randomness`, `ranks`, `tables`, `ops`, `data`, `networks`.
 """
 

@@ -72,7 +72,8 @@ class BaseClassifier:
         compile: True, False, "auto" (where `samples` pays for it), or "max-autotune".
         samples: how many are to be drawn at most.
 
-    Attributes: device, dtype, memory_format of the batches; engine; notes, sentences about what was done.
+    Attributes: device, dtype, memory_format of the batches; engine; notes, sentences about what was done; batches, what
+        the last run over it has made and another may use (`Sampler.counting`).
     Raises ValueError for a model that does not fit, or compile=True where it cannot be.
     """
 
@@ -115,7 +116,7 @@ class BaseClassifier:
         if not taken and compile is not False and len(images):
             compiled = self._compile(compile, seconds / self.rows * samples)
         self.engine = Engine(self.rows, compiled, machine(self.device))
-        self._captured: tuple[Tensor, Callable[[], Tensor]] | None = None
+        self.batches: dict[object, Any] = {}
 
     def __call__(self, batch: Tensor) -> Tensor:
         """logits [rows, num_classes] of a batch as `empty` makes them."""
@@ -127,46 +128,6 @@ class BaseClassifier:
         if logits.is_complex():
             raise ValueError(f"the model must return real logits, not {logits.dtype}")
         return logits if logits.is_floating_point() else logits.double()
-
-    def batch_and_pass(self) -> tuple[Tensor, Callable[[], Tensor]]:
-        """A batch to be filled, and a pass over what it holds by then; its logits are overwritten by the next.
-
-        On a card the pass is one CUDA graph, where capturing the model works and gives the eager logits bit for bit: it
-        is captured once, and all who ask get the same batch, to be used from one thread.
-        """
-        if self.device.type != "cuda":
-            batch = self.empty()
-            return batch, lambda: self(batch)
-        if self._captured is None:
-            batch = self.empty()
-            self._captured = batch, self._capture(batch)
-        return self._captured
-
-    def _capture(self, batch: Tensor) -> Callable[[], Tensor]:
-        with torch.cuda.device(self.device):
-            graph, aside, main = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-            zeros = torch.zeros_like(batch[:1]).float()
-            ops.noisy_copies(zeros, 1.0, len(batch), stream=Stream.TUNING, out=batch)
-            try:
-                aside.wait_stream(main)
-                with torch.cuda.stream(aside):
-                    for _ in range(PASSES):
-                        expected = self(batch).clone()
-                main.wait_stream(aside)
-                with torch.cuda.graph(graph):
-                    logits = self(batch)
-                graph.replay()
-                if not torch.equal(logits, expected):
-                    raise RuntimeError("its logits are others")
-            except RuntimeError as error:  # a model that waits for the card, too little memory, ...
-                self.notes.append(f"no CUDA graph: {str(error).strip().partition(chr(10))[0]}")
-                return lambda: self(batch)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
 
     def empty(self, rows: int | None = None) -> Tensor:
         """A batch to be filled: zeros [rows, ...] of the right dtype, device and layout."""

@@ -197,8 +197,10 @@ def certify_dataset(
         checkpoint.model.to(device), images[todo], checkpoint.num_classes, law, seed, question.n0 + question.likely,
         dtype=getattr(torch, asked.dtype), rows=rows, compile=compiled, check=asked.check, image_ids=todo,
     )  # fmt: skip
-    for note in sampler.classifier.notes if say else ():
+    notes = sampler.classifier.notes
+    for note in notes if say else ():
         print(note, file=sys.stderr)
+    known = len(notes)
     engine = dataclasses.asdict(sampler.classifier.engine)
     if existing is None or existing.version == 2:
         run = dataclasses.replace(run, **engine)
@@ -216,6 +218,8 @@ def certify_dataset(
                 idx = int(todo[certificate.index])
                 if file is not None:
                     file.append(Row.of(certificate, idx, int(labels[idx])))
+    for note in notes[known:] if say else ():
+        print(note, file=sys.stderr)
 
 
 def predict_dataset(

@@ -103,13 +103,27 @@ class Copies:
         moved._lattice = tuple(each.to(device) for each in self._lattice)
         return moved
 
-    def draw(self, out: Tensor, image: int, stream: int, first: int) -> Tensor | None:
-        """Samples of an image from the first on, as many as `out` has rows; bool [rows], which are void, or None."""
-        x, ids = self.images[image : image + 1], self.ids[image : image + 1]
+    def some(self, index: Tensor) -> Copies:
+        """The same of some of the images: int64 [K], on their device."""
+        found = copy.copy(self)
+        found.images, found.ids = self.images[index], self.ids[index]
+        return found
+
+    def room(self, count: int) -> Copies:
+        """The same of so many images of zeros, to be written over."""
+        found = copy.copy(self)
+        found.images = self.images.new_zeros(count, *self.images.shape[1:])
+        found.ids = torch.arange(count, device=self.ids.device)
+        return found
+
+    def draw(self, out: Tensor, rows: Tensor) -> Tensor | None:
+        """The samples int64 [R, 3] of (image, stream, sample) in out [R, ...]; bool [R], which are void, or None.
+
+        All tensors are on one device, which nobody waits for.
+        """
+        x, ids, sigma = self.images, self.ids, self.noise.sigma
         if self.noise.kind == "float":
-            ops.operators.noisy_copies_(out, x, ids, self.noise.sigma, self.seed, first, stream, None, None)
+            ops.operators.noisy_copies_(out, x, ids, sigma, self.seed, 0, 0, None, None, rows)
             return None
-        found: Tensor = ops.operators.lattice_copies_(
-            out, x, ids, self.noise.sigma, *self._lattice, self.seed, first, stream
-        )
+        found: Tensor = ops.operators.lattice_copies_(out, x, ids, sigma, *self._lattice, self.seed, 0, 0, rows)
         return found

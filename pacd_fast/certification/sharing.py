@@ -35,9 +35,9 @@ class Share:
         """This one's rows of a batch's pieces [m, 5], at most `rows`; see `Pieces`."""
         return pieces
 
-    def total(self, votes: NDArray[np.int64], voids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Votes [slots, classes] and void samples [slots] of all together."""
-        return votes, voids
+    def total(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Votes and void samples [slots, classes + 1] of all together."""
+        return counts
 
     def bar(self, samples: int, images: int, progress: bool) -> AbstractContextManager[Advance]:
         """The progress bar of the run, where it is to be shown."""
@@ -106,11 +106,8 @@ class SharedSamples(Share):
         found[:, 3] -= skipped + left
         return found[found[:, 3] > 0]
 
-    def total(self, votes: NDArray[np.int64], voids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if not len(votes):
-            return votes, voids
-        sums = self._ranks.summed(np.concatenate([votes, voids[:, None]], axis=1))
-        return sums[:, :-1], sums[:, -1]
+    def total(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._ranks.summed(counts) if len(counts) else counts
 
     def bar(self, samples: int, images: int, progress: bool) -> AbstractContextManager[Advance]:
         return _bar(samples, images, progress and self.part == 0)

@@ -141,18 +141,22 @@ def soft_certify(
 def _sums(sampler: Sampler, n0: int, n: int, beta: float, progress: bool) -> Tensor:
     """int64 [2 images, 2 classes + 1], by image and stream: sums, sums of squares, and samples with a value."""
     images, classes = len(sampler.copies.images), sampler.classifier.num_classes
-    sums = torch.zeros(2 * images, 2 * classes + 1, dtype=torch.int64, device=sampler.classifier.device)
-    with sampler_bar(images * (n0 + n), progress) as bar:
+
+    def count(sums: Tensor, logits: Tensor, slots: Tensor, void: Tensor) -> None:
+        p = torch.softmax(beta * logits.double(), 1)  # in float32 thousands of classes add up to more than 1
+        lost, whole_rows = void.unsqueeze(1), ~p.isnan().any(1, keepdim=True)
+        units = torch.where(whole_rows & ~lost, p * (UNIT - 1), 0.0).floor().to(torch.int64)
+        row = torch.cat([units, units * units, (whole_rows | lost).long()], 1) * (slots >= 0).unsqueeze(1)
+        sums.index_add_(0, slots.clamp(min=0), row)
+
+    with (
+        sampler_bar(images * (n0 + n), progress) as bar,
+        sampler.counting(count, 2 * images, 2 * classes + 1) as batch,
+    ):
         for pieces in batches([(i, s, c) for i in range(images) for s, c in enumerate((n0, n))], sampler.rows):
-            logits, where, void = sampler.logits(pieces)
-            p = torch.softmax(beta * logits.double(), 1)  # in float32 thousands of classes add up to more than 1
-            whole_rows = ~p.isnan().any(1, keepdim=True)
-            units = torch.where(whole_rows, p * (UNIT - 1), 0.0).floor().to(torch.int64)
-            row = torch.cat([units, units * units, whole_rows.long()], 1) * (where >= 0).unsqueeze(1)
-            sums.index_add_(0, where.clamp(min=0), row)
-            sums[:, -1].index_add_(0, void.clamp(min=0), (void >= 0).long())
+            batch.add(pieces)
             bar.update(sum(piece[3] for piece in pieces))
-    return sums
+    return batch.table
 
 
 def batches(wanted: list[tuple[int, int, int]], rows: int) -> Iterator[list[tuple[int, int, int, int, int]]]:

@@ -49,7 +49,7 @@ def engine_lines() -> list[str]:
     except Exception:  # whatever the search stumbles over
         compiler = "never: no C++ compiler was found"
     rows = ", ".join(map(str, CHOICES[chosen.type]))
-    graph = ", a CUDA graph of it" if chosen.type == "cuda" else ""
+    graph = "; noise, model and votes are one CUDA graph" if chosen.type == "cuda" else ""
     bfloat16 = "bfloat16 instructions" if _has_bfloat16(chosen) else "no bfloat16 instructions: --dtype float32"
     return [
         f"certify uses  {machine(chosen)}; {bfloat16}",

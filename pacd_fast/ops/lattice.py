@@ -186,7 +186,7 @@ def lattice_copies(
 
 
 @torch.library.register_fake("pacd_fast::lattice_copies_")
-def _(out, x, image_ids, sigma, step, offset, seed, first, stream):
+def _(out, x, image_ids, sigma, step, offset, seed, first, stream, rows=None):
     return out.new_empty(out.shape[:1], dtype=torch.bool)
 
 

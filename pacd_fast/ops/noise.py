@@ -141,7 +141,7 @@ def noisy_copies(
 
 
 @torch.library.register_fake("pacd_fast::noisy_copies_")
-def _(out, x, image_ids, sigma, seed, first, stream, mean, std):
+def _(out, x, image_ids, sigma, seed, first, stream, mean, std, rows=None):
     return None
 
 

@@ -203,8 +203,11 @@ def threshold_copies(x: Tensor, table: Tensor, copies: int, step: float = 1 / 25
     return (x.repeat_interleave(copies, 0) / step + (cells - len(table) // 2)).round() * step, voids
 
 
-def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor) -> Tensor:
+def add_votes_(counts: Tensor, logits: Tensor, image_index: Tensor, void: Tensor | None = None) -> Tensor:
     """`pacd_fast.ops.add_votes_`."""
+    if void is not None:
+        counts[:, -1] += torch.bincount(image_index[void], minlength=len(counts))
+        logits, image_index = logits[~void], image_index[~void]
     nan = ~logits.amax(1).isfinite()  # amax is NaN where a number is
     votes, index = logits.argmax(1)[~nan], image_index[~nan]
     counts.index_put_((index, votes), torch.ones_like(index), accumulate=True)

@@ -32,8 +32,14 @@ def noise_calls() -> Iterator[Call]:
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
     step, offset = torch.tensor([1 / 255, 0.1, 1e-5], dtype=torch.float64), torch.tensor([0, 0.3, -2.0]).double()
     x[1, 1, 0, :5] = torch.nan  # a row that lattice noise must call void
+    rows = torch.stack([torch.randint(0, top, (28,)) for top in (3, 2**15, 2**32)], 1)
     for dtype in FLOATS:
         for last in (False, True):
+            layout = torch.channels_last if last else torch.contiguous_format
+            out = torch.full((28, 3, 33, 31), torch.nan, dtype=dtype).contiguous(memory_format=layout)
+            yield "noisy_copies_", (out, x, ids, 0.5, 7, 0, 0, None, None, rows)
+            yield "noisy_copies_", (out, x, None, 0.5, 7, 0, 0, mean, std, rows)
+            yield "lattice_copies_", (out, x, ids, 0.5, step, offset, 7, 0, 0, rows)
             yield "noisy_copies", (x, ids, 0.5, 9, 7, 3, 2, dtype, last, None, None)
             yield "noisy_copies", (x, None, 0.5, 9, 7, 3, 2, dtype, last, mean, std)
             yield "lattice_copies", (x, ids, 0.5, step, offset, 9, 7, 3, 2, dtype, last)
@@ -53,6 +59,8 @@ def row_calls() -> Iterator[Call]:
             logits[::99, 2], logits[::31, 1], logits[::37, 3] = torch.nan, torch.inf, -torch.inf
             index = torch.randint(0, 9, (rows + 1,))
             yield "add_votes_", (torch.zeros(9, 5, dtype=torch.int64), logits[:rows], index[:rows])
+            void = torch.rand(rows) < 0.3
+            yield "add_votes_", (torch.zeros(9, 6, dtype=torch.int64), logits[:rows], index[:rows], void)
     skewed = torch.zeros(1, 2, dtype=torch.int64), torch.ones(5000, 2), torch.zeros(5000, dtype=torch.int64)
     yield "add_votes_", skewed
     beyond = torch.zeros(2, 3, dtype=torch.int64), torch.eye(3)
@@ -157,6 +165,22 @@ def difference(call: Call, played: Any = torch.ops.pacd_played, device: str = "c
     return None
 
 
+def outside(operators: Any = torch.ops.pacd_played, device: str = "cpu") -> str | None:
+    """What rows of no image show where it is not seen that there is none, but image 0: nothing else may be read."""
+    x, step = torch.rand(4, 1, 5, 5, device=device), torch.tensor([1 / 255], dtype=torch.float64, device=device)
+    x[1:-1] = x[:1] + 1
+    image, zeros = torch.tensor([-1, 2, 7, -(2**62)], device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    for name, law in (("noisy_copies_", ()), ("lattice_copies_", (step, 0 * step))):
+        found = []
+        for each in (image, zeros):
+            rows, out = torch.stack([each, zeros, zeros + 3], 1), torch.full((4, 1, 5, 5), torch.nan, device=device)
+            getattr(operators, name)(out, x[1:3], None, 0.5, *law, 7, 0, 0, *([] if law else [None, None]), rows)
+            found.append(out)
+        if what := different_bits(found[1].cpu(), found[0]):
+            return f"{name} reads {what} for images {image.tolist()} of 2"
+    return None
+
+
 def main(library: str) -> int:
     torch.set_num_threads(1)
     torch.ops.load_library(library)
@@ -169,6 +193,9 @@ def main(library: str) -> int:
         if what := difference(call):
             print(what)
             return 1
+    if what := outside():
+        print(what)
+        return 1
     return 0
 
 
