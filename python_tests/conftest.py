@@ -16,6 +16,10 @@ from torch import Tensor
 from pacd_fast import ops
 from pacd_fast.ops import reference
 
+# Autograd counts devices at the first backward pass.  Once torch.compile has run it finds some even without a card, and
+# starts threads, after which no fork can train.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 
 @dataclass(frozen=True)
 class Case:

@@ -108,7 +108,7 @@ def test_victims_are_shared_out_and_a_restart_goes_on(folder, tmp_path):
 
     agent = Agent(tmp_path, 2)
     agent.start(function)
-    assert -signal.SIGKILL in agent.ended()
+    assert -signal.SIGKILL in agent.ended(), agent.said()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("victim-*.safetensors")}
     assert before
     for rank in range(2):
