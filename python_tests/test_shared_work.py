@@ -263,7 +263,6 @@ def test_victims_of_targeted_poison_are_shared_out(folder, tmp_path):
 
 
 @trains
-@pytest.mark.slow
 def test_a_table_is_reproduced_by_all(tmp_path):
     """Poison and victims are handed out; one process finds the same with that poison."""
     draw = np.random.default_rng(1)
