@@ -159,3 +159,12 @@ def test_the_readme_is_a_door_and_not_the_house():
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     kernels = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
     assert named == folders | kernels, "README's map is not the folders"
+
+
+def test_defects_can_still_be_put_in():
+    """Every text that `make mutants` replaces is in its file, once."""
+    tomllib = pytest.importorskip("tomllib")
+    defects = tomllib.loads((ROOT / "benchmarks/mutants.toml").read_text(encoding="utf-8"))["mutant"]
+    assert len(defects) > 100
+    gone = [each["name"] for each in defects if (ROOT / each["file"]).read_text("utf-8").count(each["old"]) != 1]
+    assert not gone
