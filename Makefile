@@ -57,6 +57,7 @@ gpu: $(BIN)/.installed
 	  || exit 1; done; else echo "compute-sanitizer is not on PATH: left out"; fi
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
 	$(BIN)/python -m benchmarks bench_ops bench_certify bench_labelflip bench_training bench_metapoison
+	for network in resnet20 resnet110; do $(BIN)/python -m benchmarks.bench_certify $$network || exit 1; done
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
