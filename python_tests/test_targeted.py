@@ -28,6 +28,7 @@ from pacd_fast.poisoning import (
     metapoison,
     noise_beside,
     summarize_victims,
+    targeted,
     victims_table,
     watermark_beside,
 )
@@ -103,6 +104,20 @@ def test_poison_and_audit_as_commands(tmp_path, monkeypatch, capsys):
     assert main(random) == 0
     assert main([*judge, "--poison", "p.npz", "r.npz"]) == 2
     assert "audit them one by one" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_killed_run_left_is_taken_up(tmp_path, monkeypatch):
+    """A torn line in the file and in that of another process; a file that only has a similar name is left alone."""
+    data, recipe, out = small(), VictimRecipe(model=TINY, epochs=1, batch_size=16, lr=0.01), tmp_path / "v.jsonl"
+    found = judge_victims(data, [0], recipe, count=2, out=out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[0] + lines[1][:30])
+    (tmp_path / "v.jsonl.rank1").write_text(lines[1] + lines[0][:20])
+    (tmp_path / "v.jsonl.ranking").write_text("mine\n")
+    monkeypatch.setattr(targeted, "fit", None)
+    assert judge_victims(data, [0], recipe, count=2, out=out) == found
+    assert out.read_text() == "".join(lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.jsonl", "v.jsonl.ranking"]
 
 
 def digits(per_class: int = 80) -> Dataset:

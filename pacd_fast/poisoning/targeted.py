@@ -145,6 +145,7 @@ def judge_victims(
     ranks.agree(run)
     path = None if out is None else Path(out)
     if path is not None and ranks.rank == 0:
+        _read(path, run)  # cuts off a torn last line
         _take_up(path)
     ranks.everyones("those of a killed run are in the file")
     known = {} if path is None else _read(path, run)
@@ -211,7 +212,7 @@ def judge_victims(
 
 def _take_up(path: Path) -> None:
     """Puts the victims of a killed run's other processes into the file, where they may be twice."""
-    for left in writable(path).parent.glob(f"{glob.escape(path.name)}.rank*"):
+    for left in writable(path).parent.glob(f"{glob.escape(path.name)}.rank[0-9]*"):
         for line in read_text(left, "file of victims", 2**30).splitlines(keepends=True):
             if line.endswith("\n"):
                 append_line(path, line[:-1])
