@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from flip_problems import all_labels, base_classifier, problem, smoothed
 
 from pacd_fast import _C, LabelFlipCertifier
@@ -103,7 +104,7 @@ def influence_order(x, y, point, side, l2=1e-2):
     return np.argsort(-harm, kind="stable")
 
 
-@pytest.mark.parametrize(("n", "k"), [(200, 3), (120, 60)])
+@pytest.mark.parametrize(("n", "k"), [(200, 3), (120, 60), (150, 200)])  # the last: any labels can be told apart
 def test_logistic_attack_needs_the_least_number_of_top_flips(n, k):
     """Against a model trained by another method: r flips change the prediction, and r - 1 do not."""
     X, y, test, _ = problem(8, n=n, k=k, m=12)
@@ -122,6 +123,19 @@ def test_logistic_attack_needs_the_least_number_of_top_flips(n, k):
             assert (bool(vote >= 0) != side) == expected
             checked += flips > 1
     assert checked >= 6 and attack.weight.shape == (k + 1,)
+
+
+def test_a_direction_spoilt_by_rounding_ends_the_fit_where_it_is():
+    X, y, _, _ = problem(8, n=50, m=1)
+    x, nothing = torch.tensor(X).float(), torch.zeros(6, dtype=torch.float64)
+    fits = logistic._Fits(x, 0.1, nothing, [(nothing, torch.tensor(y).double())] * 2)
+    assert fits.known() == []
+    fits._direction[1] = fits._gradient[1]  # uphill
+    fits.step([])
+    assert bool((fits.weight[0] != 0).any()) and bool((fits.weight[1] == 0).all()) and fits.known() == [1]
+    assert torch.equal(fits._votes[1], torch.zeros(50, dtype=torch.float64)) and fits._loss[1] == fits._losses(
+        [1], fits.weight[[1]], fits._votes[[1]]
+    )
 
 
 def test_points_attacked_together_or_alone_need_the_same(monkeypatch):
