@@ -335,11 +335,34 @@ def test_what_is_missing_is_asked_for(tmp_path):
     torch.save(build("mnist-cnn", **MNIST).state_dict(), path)
     with pytest.raises(ValueError, match="does not say which network it holds"):
         load_checkpoint(path, **MNIST)
-    with pytest.raises(ValueError, match="does not say how many classes"):
+    with pytest.raises(ValueError, match="nothing says how many classes tiny is to have; give num_classes"):
         load_checkpoint(path, arch=TINY)
+    with pytest.raises(ValueError, match="cannot import no_such_package"):  # which comes first
+        load_checkpoint(path, arch="no_such_package:net")
     assert load_checkpoint(path, arch="mnist-cnn", in_channels=1, image_size=(28, 28)).num_classes == 10  # as the file
     with pytest.raises(ValueError, match="needs the number of channels"):
         load_checkpoint(path, arch="mnist-cnn", num_classes=10)
+
+
+def untold() -> nn.Module:
+    return tiny(3)
+
+
+def test_a_users_network_that_is_not_told_shows_its_classes(tmp_path):
+    torch.save(tiny(3).state_dict(), tmp_path / "m.pt")
+    arch = f"{__name__}:untold"
+    assert load_checkpoint(tmp_path / "m.pt", arch=arch, in_channels=1, image_size=(4, 4)).num_classes == 3
+    with pytest.raises(ValueError, match=r"does not take images \(1, 5, 5\): .*mat1"):
+        load_checkpoint(tmp_path / "m.pt", arch=arch, in_channels=1, image_size=(5, 5))
+    with pytest.raises(ValueError, match="does not say how many classes"):
+        load_checkpoint(tmp_path / "m.pt", arch=arch)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_classes": 10}])
+def test_a_misfit_says_whose_names_they_are(tmp_path, given):
+    torch.save(build("resnet20", **CIFAR).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="its names are those of resnet20: give --model resnet20"):
+        load_checkpoint(tmp_path / "m.pt", arch="mnist-cnn", in_channels=3, image_size=(32, 32), **given)
 
 
 @pytest.mark.parametrize(("key", "text"), [("num_classes", "ten"), ("image_size", "28"), ("sigma", "half")])

@@ -16,6 +16,7 @@ from pacd_fast.networks.models import (
     ResNet,
     behind_normalize,
     build,
+    takes,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "fold_batch_norm",
     "load_checkpoint",
     "save_checkpoint",
+    "takes",
 ]

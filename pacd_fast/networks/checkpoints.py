@@ -16,11 +16,13 @@ from torch import nn
 
 from pacd_fast.arguments import number, one_line, writable
 from pacd_fast.files import reason, replaced
-from pacd_fast.networks.models import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, behind_normalize, build
+from pacd_fast.networks.models import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, behind_normalize, build, takes
 from pacd_fast.networks.weights import Fitted, Stored, check_tensors, fitted, read_weights
 from pacd_fast.randomness import seeded
 
 _LOCUSLAB_NAMES = {"cifar_resnet20": "resnet20", "cifar_resnet110": "resnet110"}
+
+_UNTOLD = "{}: it does not say how many classes it has; give num_classes (command line: --num-classes)"
 
 _T = TypeVar("_T")
 
@@ -86,6 +88,8 @@ def load_checkpoint(
     """Read a classifier: our safetensors, a state_dict, or locuslab/smoothing's {"arch", "state_dict"}.
 
     What the file does not say has to be given: a plain state_dict says nothing, locuslab's CIFAR checkpoints say all.
+    How many classes there are is seen in the weights of a built-in network, and in the logits of a user's that need not
+    be told, where the images' size is known.
     What it does say must agree with what is given.  The state_dict may lie under "state_dict", "model_state_dict",
     "model" or "net"; prefixes of wrappers (module., _orig_mod., model., net. and the like) are removed; the counters of
     batch norm, which old files do not have, are set to 0.  `notes` says what was done.
@@ -111,12 +115,10 @@ def load_checkpoint(
     if locuslab:
         num_classes, in_channels, image_size = num_classes or 10, in_channels or 3, image_size or (32, 32)
     if arch in BUILT_IN and num_classes is None:
-        bias = fitted(path, stored.state, _empty(path, arch, 2, in_channels, image_size), arch).weights[_last(arch)]
+        bias = _found(path, stored, _empty(path, arch, 2, in_channels, image_size), arch).weights[_last(arch)]
         num_classes = len(bias) if bias.dim() == 1 else None
-    if num_classes is None:
-        raise ValueError(
-            f"{path}: it does not say how many classes it has; give num_classes (command line: --num-classes)"
-        )
+    if arch in BUILT_IN and num_classes is None:
+        raise ValueError(_UNTOLD.format(path))
     network = _empty(path, arch, num_classes, in_channels, image_size)
     found = _found(path, stored, network, arch)
     if found.mean_std is not None:
@@ -136,6 +138,8 @@ def load_checkpoint(
     except (RuntimeError, NotImplementedError) as error:  # numbers that torch cannot convert
         raise ValueError(f"{path}: does not fit {arch}: {reason(error)}") from error
     model = behind_normalize(network, in_channels, mean, std).eval()
+    if num_classes is None:
+        num_classes = _logits(path, model, in_channels, image_size)
     return Checkpoint(
         model=model,
         arch=arch,
@@ -176,7 +180,7 @@ def _architecture(path: Path, given: str | None, stored: Stored) -> str:
 
 
 def _empty(
-    path: Path, arch: str, num_classes: int, in_channels: int | None, image_size: tuple[int, int] | None
+    path: Path, arch: str, num_classes: int | None, in_channels: int | None, image_size: tuple[int, int] | None
 ) -> nn.Module:
     """The network; a built-in one without memory for its weights, for a file may ask for any size."""
     if arch not in BUILT_IN:
@@ -203,6 +207,18 @@ def _found(path: Path, stored: Stored, network: nn.Module, arch: str) -> Fitted:
                 continue
             raise ValueError(f"{error}; its names are those of {other}: give --model {other}") from error
         raise ValueError(f"{error}; give the network that was saved") from error
+
+
+def _logits(path: Path, model: nn.Module, in_channels: int | None, image_size: tuple[int, int] | None) -> int:
+    """How many logits a user's network gives for such images: its classes."""
+    if in_channels is None or image_size is None:
+        raise ValueError(_UNTOLD.format(path))
+    shape = (in_channels, *image_size)
+    with torch.inference_mode(), seeded(torch.device("cpu"), 0), takes(shape):
+        logits = model(torch.zeros(2, *shape))
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise ValueError(_UNTOLD.format(path))
+    return logits.shape[1]
 
 
 def _last(arch: str) -> str:

@@ -6,7 +6,8 @@ import importlib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ class ResNet(nn.Module):
 def build(
     name: str,
     *,
-    num_classes: int,
+    num_classes: int | None,
     in_channels: int | None = None,
     image_size: tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
@@ -207,18 +208,21 @@ def build(
     name: one of BUILT_IN, or ``package.module:function`` for a network of the user's own; the function (or class) is
     called with the keyword num_classes where it takes it, else without arguments, and returns an nn.Module. That
     imports and runs the user's code.
+    num_classes: None for a user's network that does not have to be told.
     in_channels, image_size (H, W): needed for a built-in network, unused for a user's.
     mean, std: with both given the result is ``nn.Sequential(Normalize(mean, std), network)``, else the bare network.
 
     Raises ValueError for an unknown name, a function that cannot be imported or called, or a result of another type.
     """
-    if num_classes < 2:
+    if num_classes is not None and num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     network: nn.Module
     if ":" in name:
         network = _user_network(name, num_classes)
     elif name not in BUILT_IN:
         raise ValueError(f"unknown model {name!r}: give {', '.join(BUILT_IN)} or package.module:function")
+    elif num_classes is None:
+        raise ValueError(f"{name} needs the number of classes (num_classes)")
     elif in_channels is None or image_size is None:
         raise ValueError(f"{name} needs the number of channels and the size of the images (in_channels, image_size)")
     elif name == "mnist-cnn":
@@ -242,7 +246,7 @@ def behind_normalize(
     return nn.Sequential(Normalize(mean, std), network)
 
 
-def _user_network(name: str, num_classes: int) -> nn.Module:
+def _user_network(name: str, num_classes: int | None) -> nn.Module:
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
         raise ValueError(f"model {name!r} is not of the form package.module:function")
@@ -257,8 +261,14 @@ def _user_network(name: str, num_classes: int) -> nn.Module:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"model {name}: {module_name} has no function {function_name}")
+    told = _takes(function, num_classes=num_classes or 2)
+    if num_classes is None and told and not _takes(function):
+        raise ValueError(
+            f"model {name}: nothing says how many classes {function_name} is to have; give num_classes (command line: "
+            "--num-classes)"
+        )
     try:
-        network = function(**_keywords(function, num_classes))
+        network = function(num_classes=num_classes) if told and num_classes is not None else function()
     except TypeError as error:
         raise ValueError(
             f"model {name}: it must be callable as {function_name}(num_classes=...) or {function_name}(): "
@@ -271,15 +281,30 @@ def _user_network(name: str, num_classes: int) -> nn.Module:
     return network
 
 
-def _keywords(function: Callable[..., object], num_classes: int) -> dict[str, int]:
-    """num_classes, unless the function does not take it."""
+def _takes(function: Callable[..., object], **keywords: int) -> bool:
+    """Whether it can be called with these keywords alone; one that does not say what it takes is taken to."""
     try:
-        inspect.signature(function).bind(num_classes=num_classes)
+        inspect.signature(function).bind(**keywords)
     except TypeError:
-        return {}
-    except ValueError:  # it does not say what it takes
+        return False
+    except ValueError:
         pass
-    return {"num_classes": num_classes}
+    return True
+
+
+@contextmanager
+def takes(shape: Sequence[int]) -> Iterator[None]:
+    """Around a first pass of images of this shape [C, H, W]: where they do not fit the network, a ValueError says so.
+
+    An error of the memory stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the model does not take images {tuple(shape)}: {first}") from error
 
 
 def _failure(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pacd_fast import _C, ops
 from pacd_fast.arguments import at_least, positive, whole
 from pacd_fast.data import Dataset, as_float, labelled
+from pacd_fast.networks import takes
 from pacd_fast.randomness import Stream
 from pacd_fast.tables import aligned, mean_and_deviation
 from pacd_fast.training.losses import SmoothAdv, eval_mode, frozen, layout
@@ -56,13 +57,8 @@ def check_classifier(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """
     few = as_float(images[:2]).to(_device(model))
     with eval_mode(model):
-        try:
+        with takes(images.shape[1:]):
             logits = model(few)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, IndexError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"the model does not take images {tuple(images.shape[1:])}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(few):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits [B, classes], not {found} for {len(few)} images")
