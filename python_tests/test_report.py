@@ -13,10 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from pacd_fast.certification import ResultsFile, Row, Run, read_results, summarize
+from pacd_fast.certification import (
+    Certify,
+    Noise,
+    ResultsFile,
+    Row,
+    Run,
+    predict_dataset,
+    read_results,
+    summarize,
+)
 from pacd_fast.cli import main
 from pacd_fast.data import load_dataset
 from pacd_fast.experiments import page, report
+from pacd_fast.labelflips import CONDITIONAL
+from pacd_fast.networks import Checkpoint
 from pacd_fast.poisoning import Ball, watermark
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -45,7 +56,8 @@ def folder(tmp_path_factory) -> Path:
     watermark(held, target_class=8, ball=Ball(0.1), fraction=1.0, opacity=0.1, seed=0).save(folder / "poison.npz")
     figures = {name: [0.5, 0.6] for name in ("acr", "aca", "accuracy", "others_acr", "others_aca", "distortion")}
     content = {"measured": {"clean": figures, "<b>p": {**figures, "acr": [0.25, 0.3]}}, "audit": {"sigma": 0.5}}
-    (folder / "audit.json").write_text(json.dumps({**content, "poisons": {"p": {"epsilon": 0.1}}}))
+    long = {"epsilon": 0.1, "upper": "Radius()", **{f"setting_{i}": i / 7 for i in range(25)}, "path": "x" * 200}
+    (folder / "audit.json").write_text(json.dumps({**content, "poisons": {"p": long}}))
     return folder
 
 
@@ -76,6 +88,37 @@ def test_what_the_page_says(folder, tmp_path, capsys):
     assert "--force" in capsys.readouterr().err and (tmp_path / "r.html").read_bytes() == before
     assert main(["report", str(folder / "first.tsv"), "--out", str(tmp_path / "r.html"), "--force"]) == 0
     assert "With --data" in (tmp_path / "r.html").read_text()
+
+
+def test_what_certificates_do_not_promise_is_said_beside_their_curves(folder, tmp_path):
+    flips, floats, lattice = tmp_path / "paper.tsv", folder / "first.tsv", tmp_path / "lattice.tsv"
+    law = Noise.of("lattice", 0.5)
+    run = Run(100, 1000, 0.001, 0.5, 7, "float32", "m@0", "d@0", noise=law.kind, step=law.lattice, machine="cpu")
+    with ResultsFile(lattice, run) as file:
+        file.append(Row(0, 1, 1, 0.3, 0.9, 950, 0.5, 1000))
+    text = report.report({"one": lattice, "flips": folder / "flips.tsv"})
+    assert "floating point" not in text and "conditional" not in text
+    words = ["labelflip", "--data", str(folder / "f.npz"), "--q", "0.1", "--l2", "paper", "--out", str(flips)]
+    assert main(words) == 0
+    text = report.report({"one": lattice, "two": floats, "flips": flips})
+    warning = summarize(read_results(floats)).warning
+    assert warning is not None
+    before, _, after = text.partition("<h3>Certified accuracy</h3>")
+    assert warning not in before and after.startswith(f'\n<p class="note">two: {warning}.</p>\n<div class="chart">')
+    before, _, after = text.partition(f'<p class="note">{CONDITIONAL}.</p>\n<div class="chart">')
+    assert "<li>" in after and "</svg>exact, q = 0.1 (conditional)</li>" in after.partition("</ul>")[0]
+
+
+def test_predictions_are_not_results(folder, tmp_path, capsys):
+    data, network = load_dataset(str(folder / "data.npz")), torch.nn.Sequential(torch.nn.Flatten())
+    network.append(torch.nn.Linear(784, 10)).eval()
+    checkpoint = Checkpoint(network, "mine", 10, 1, (28, 28), None, None, {}, "0")
+    settings = Certify(sigma=0.5, n0=10, n=20, seed=0, compile="no")
+    predict_dataset(checkpoint, data, "test", [0, 1], tmp_path / "pred.tsv", settings)
+    assert main(["report", str(tmp_path / "pred.tsv"), "--out", str(tmp_path / "o.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pred.tsv holds predictions" in line and "pacd-fast certify writes" in line
+    assert not (tmp_path / "o.html").exists()
 
 
 def test_images_of_other_data_are_not_shown(folder):
@@ -130,9 +173,14 @@ def test_a_browser_shows_it_without_a_word_and_at_any_width(folder, tmp_path):
         "const lost = [...d.images].filter(i => !i.complete || !i.naturalWidth).length;"
         "const p = document.createElement('p'); const e = d.documentElement;"
         "const small = [...d.querySelectorAll('svg text')].filter(t => t.getBoundingClientRect().height < 9).length;"
+        "const values = [...d.querySelectorAll('h3')].filter(h => h.textContent == 'its settings')"
+        ".flatMap(h => [...h.nextElementSibling.querySelectorAll('td')]);"
+        "const hidden = values.filter(v => v.getBoundingClientRect().right > e.clientWidth"
+        " || getComputedStyle(v).textAlign == 'right').length + (values.length < 10 ? 'too few' : '');"
         "const over = [...d.querySelectorAll('.chart')].filter(c => { const a = c.children[0].getBoundingClientRect(),"
         "b = c.children[1].getBoundingClientRect(); return b.left < a.right - 1 && b.top < a.bottom - 1; }).length;"
-        "p.textContent = `width ${e.clientWidth} of ${e.scrollWidth}, lost ${lost}, small ${small}, over ${over}`;"
+        "p.textContent = `width ${e.clientWidth} of ${e.scrollWidth}, lost ${lost}, small ${small}, over ${over}, `"
+        "+ `hidden ${hidden}`;"
         "document.body.append(p); } }</script>",
         encoding="utf-8",
     )
@@ -141,6 +189,6 @@ def test_a_browser_shows_it_without_a_word_and_at_any_width(folder, tmp_path):
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     said = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
     assert len(said) == 1 and "I am listening" in said[0], said
-    widths = re.findall(r"<p>width (\d+) of (\d+), lost 0, small 0, over 0</p>", shown.stdout)
+    widths = re.findall(r"<p>width (\d+) of (\d+), lost 0, small 0, over 0, hidden 0</p>", shown.stdout)
     assert len(widths) == 2, re.findall(r"<p>width.*?</p>", shown.stdout)
     assert all(inner == outer for inner, outer in widths), "it is wider than the window"

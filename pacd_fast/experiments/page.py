@@ -24,6 +24,8 @@ h3{font-size:1em;margin:1.2em 0 .3em}p,h1,h2,h3,li,figcaption{overflow-wrap:anyw
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93em}
 th,td{padding:3px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid #e4e4e4}
 th:first-child,td:first-child{text-align:left;padding-left:0}
+.pairs{table-layout:fixed;width:100%}.pairs td{white-space:normal;overflow-wrap:anywhere}
+.pairs td+td{text-align:left}.pairs td:first-child{width:9em;vertical-align:top}
 pre{font-size:.9em;margin:0}.chart{display:flex;flex-wrap:wrap;gap:4px 20px;align-items:flex-start}
 .chart svg{flex:1 1 300px;max-width:640px;height:auto}.chart ul{flex:0 1 auto;list-style:none;margin:8px 0;padding:0}
 .chart li svg{width:34px;height:10px;margin-right:8px}
@@ -59,6 +61,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     lines = ("".join(f"<td>{escape(str(row.get(name, '-')))}</td>" for name in names) for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr><tr>{"</tr><tr>".join(lines)}</tr></table></div>'
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """Names and what they are, a line each: long values are wrapped, so that nothing is scrolled out of sight."""
+    lines = (f"<td>{escape(name)}</td><td>{escape(str(value))}</td>" for name, value in values.items())
+    return f'<table class="pairs"><tr>{"</tr><tr>".join(lines)}</tr></table>'
 
 
 def preformatted(text: str) -> str:

@@ -16,8 +16,8 @@ from pacd_fast.certification import ABSTAIN, Results, largest_radius, read_resul
 from pacd_fast.data import Dataset, as_float
 from pacd_fast.experiments import page, plots
 from pacd_fast.experiments.record import machine
-from pacd_fast.files import read_json, reason
-from pacd_fast.labelflips import ATTACKED, UNDEFENDED, flips_cells, is_flip_file, read_flips
+from pacd_fast.files import opened, read_json, reason
+from pacd_fast.labelflips import ATTACKED, CONDITIONAL, UNDEFENDED, flips_cells, is_flip_file, read_flips
 from pacd_fast.poisoning import Audited, Poison, audit_rows, victims_table
 
 __all__ = ["report"]
@@ -41,6 +41,11 @@ def report(
             audits[name] = _audit(path)
         elif is_flip_file(path):
             flips[name] = read_flips([path])
+        elif _is_predictions(path):
+            raise ValueError(
+                f"{path} holds predictions, which have no radius and which a report does not show; pacd-fast certify "
+                "writes what it shows"
+            )
         else:
             certified[name] = read_results(path)
     parts = [page.note(f"Written {date.today()} on {machine()}, from {', '.join(map(str, files.values()))}.")]
@@ -59,14 +64,23 @@ def report(
     return page.page(title or "Certified robustness", parts)
 
 
+def _is_predictions(path: str | Path) -> bool:
+    """Whether a file was written by `predict_dataset`, by its columns."""
+    with opened(path, "results file") as file:
+        names = file.readline(2**16).rstrip().split(b"\t")
+    return names[:6] == [b"idx", b"label", b"predict", b"correct", b"samples", b"votes"]
+
+
 def _certified(certified: Mapping[str, Results]) -> list[str]:
     """Table, curves, and the distribution of the bounds on p_A."""
     largest = max(float(each.radius[each.correct].max(initial=0.0)) for each in certified.values())
     step = 0.25 * max(1.0, math.ceil(largest / 1.5))
     radii = [step * i for i in range(1, int(largest / step) + 1)]
-    rows = []
+    rows, warned = [], dict[str, list[str]]()
     for name, results in certified.items():
         found = summarize(results, radii)
+        if found.warning is not None:
+            warned.setdefault(found.warning, []).append(name)
         quantiles = found.p_lower_quantiles or {}
         row = {"": name, "images": found.images, "ACR": rounded(found.acr, 4), "ACA, %": f"{100 * found.aca:.2f}"}
         row |= {"clean accuracy, %": f"{100 * found.clean_accuracy:.2f}", "abstained": found.abstentions}
@@ -81,7 +95,9 @@ def _certified(certified: Mapping[str, Results]) -> list[str]:
         if (run := results.run) is not None:
             limits.add(largest_radius(run.sigma, run.n, run.alpha))
     marks = {"largest radius that n can certify": limits} if limits else {}
-    parts += [page.heading("Certified accuracy", 3), page.chart(curves, "l2 radius", "certified accuracy", marks=marks)]
+    parts.append(page.heading("Certified accuracy", 3))
+    parts += [page.note(f"{', '.join(names)}: {warning}.") for warning, names in warned.items()]
+    parts.append(page.chart(curves, "l2 radius", "certified accuracy", marks=marks))
     bounds = {}
     for name, results in certified.items():
         if results.p_lower is not None:
@@ -178,8 +194,12 @@ def _flips(flips: Mapping[str, Sequence[Any]]) -> list[str]:
             if curve.certificate not in (ATTACKED, UNDEFENDED):
                 lines[name] = _stairs(*plots.flip_steps(curve.flips[curve.correct], curve.accuracy(0)), after=False)
         parts.append(page.heading(f"Label flips: {data}"))
-        parts.append(page.table([{"": name, **flips_cells(curve)} for curve, name in here]))
+        rows = [{"": name, **flips_cells(curve)} for curve, name in here]
+        said = ("data", "certificate", "q")  # by the heading and the names
+        parts.append(page.table([{k: v for k, v in row.items() if k not in said} for row in rows]))
         parts.append(page.note("Under a number: the share of points that are right, whatever so many flips do."))
+        if any(curve.conditional for curve, _ in here):
+            parts.append(page.note(f"{CONDITIONAL}."))
         if lines:
             parts.append(page.chart(lines, "label flips", "certified accuracy"))
     return parts
@@ -215,7 +235,7 @@ def _settings(values: Mapping[str, Any]) -> str:
         name: ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         for name, value in values.items()
     }
-    return page.table([{"": name, "value": value} for name, value in said.items() if len(str(value)) <= 1000])
+    return page.pairs({name: value for name, value in said.items() if len(str(value)) <= 1000})
 
 
 def _runs(certified: Mapping[str, Results]) -> str:

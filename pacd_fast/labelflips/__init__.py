@@ -9,7 +9,7 @@ Imports `arguments`, `files`, `randomness`, `tables`, `ops`, `data`.
 
 from pacd_fast.labelflips.attacks import attack_ridge, attack_smoothed, harmful_flips
 from pacd_fast.labelflips.certifier import CERTIFICATES, FlipCertificates, LabelFlipCertifier
-from pacd_fast.labelflips.curves import FLIPS, Curve, flips_cells, flips_summary, flips_table, read_flips
+from pacd_fast.labelflips.curves import CONDITIONAL, FLIPS, Curve, flips_cells, flips_summary, flips_table, read_flips
 from pacd_fast.labelflips.features import (
     Whitening,
     fast_ica,
@@ -28,6 +28,7 @@ from pacd_fast.labelflips.simclr import SimCLR, train_simclr
 __all__ = [
     "ATTACKED",
     "CERTIFICATES",
+    "CONDITIONAL",
     "Curve",
     "FEATURES",
     "FLIPS",

@@ -12,7 +12,7 @@ import numpy as np
 from pacd_fast.labelflips.results import KINDS, NOISELESS, Group, Point, read_rows
 from pacd_fast.tables import markdown
 
-__all__ = ["FLIPS", "Curve", "flips_cells", "read_flips", "flips_summary", "flips_table"]
+__all__ = ["CONDITIONAL", "FLIPS", "Curve", "flips_cells", "read_flips", "flips_summary", "flips_table"]
 
 FLIPS = (1, 10, 50, 100, 200, 500, 1000, 2000)
 CONDITIONAL = (
@@ -45,7 +45,8 @@ class Curve:
 
     @property
     def name(self) -> str:
-        return self.certificate if self.certificate in NOISELESS else f"{self.certificate}, q = {self.q:g}"
+        name = self.certificate if self.certificate in NOISELESS else f"{self.certificate}, q = {self.q:g}"
+        return f"{name} (conditional)" if self.conditional else name
 
     def accuracy(self, r: int) -> float:
         return float(np.mean(self.correct & (self.flips >= r)))
