@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from pacd_fast.data import as_float, as_images, labelled
+from pacd_fast.data import as_float, as_images, images_of, labelled
 
 BYTES = torch.arange(48, dtype=torch.uint8).mul(5).view(4, 3, 2, 2)
 
@@ -58,6 +58,28 @@ def test_labelled_images_in_every_form():
     for form in forms:
         images, labels = labelled(form)
         assert torch.equal(images, BYTES) and torch.equal(labels, y) and labels.dtype == torch.int64
+
+
+def test_images_without_labels():
+    y = torch.tensor([3, 1, 2, 0])
+    forms = [
+        (BYTES, y),
+        (BYTES, [3, 1, 2, 0]),
+        TensorDataset(BYTES),
+        DataLoader(TensorDataset(BYTES, y), batch_size=3),
+        DataLoader(BYTES, batch_size=3),
+        (BYTES[i : i + 1].numpy() for i in range(4)),
+    ]
+    for form in forms:
+        assert torch.equal(as_images(images_of(form)), as_images(BYTES))
+    for wrong, message in (
+        ([BYTES[0], BYTES[1]], "not 2 in a list: give torch.stack"),
+        (list(BYTES), "not 4 in a list: give torch.stack"),
+        (BYTES, "not Tensor"),
+        ([(BYTES, y, y)], "must give batches"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            images_of(wrong)
 
 
 def test_a_loader_leaves_the_generator_alone():

@@ -195,7 +195,7 @@ def test_images_of_any_kind(network):
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(bytes_ / 255, torch.zeros(3).long()), batch_size=2
     )
-    for images in (bytes_, bytes_.numpy(), (bytes_ / 255).numpy(), loader):
+    for images in (bytes_, bytes_.numpy(), (bytes_ / 255).numpy(), loader, torch.utils.data.DataLoader(bytes_ / 255)):
         found = pacd_fast.certify(network, images, **(OPTIONS | {"n": 5e2}))
         assert torch.equal(found.counts, expected.counts)
     for wrong in (bytes_.long(), 5, "images"):
@@ -206,5 +206,36 @@ def test_images_of_any_kind(network):
     assert torch.equal(many.counts[[0, 2]], expected.counts[[0, 2]])
     alone = pacd_fast.certify(network, bytes_[1:2], image_ids=torch.tensor([1]), **(OPTIONS | {"sigma": 0.5}))
     assert torch.equal(many.counts[1], alone.counts[0]) and many.radius[1] == alone.radius[0]
+    for levels in (sigmas.numpy(), sigmas.tolist()):
+        assert torch.equal(pacd_fast.certify(network, bytes_, **(OPTIONS | {"sigma": levels})).counts, many.counts)
+        close, x = (lambda x: x[:, :3] - 0.2 * x[:, 3:]), torch.tensor([[0.3, 0.1, 0, 0]] * 3)
+        predicted = pacd_fast.predict(close, x, **(OPTIONS | {"sigma": levels}))
+        for i, sigma in enumerate(levels):
+            alone = pacd_fast.predict(
+                close, x[i : i + 1], image_ids=torch.tensor([i]), **(OPTIONS | {"sigma": float(sigma)})
+            )
+            assert torch.equal(predicted.counts[i], alone.counts[0]) and predicted.samples[i] == alone.samples[0]
+        assert len(predicted.counts.unique(dim=0)) == 3
     with pytest.raises(ValueError, match=r"one per image"):
         pacd_fast.certify(network, bytes_, **(OPTIONS | {"sigma": torch.ones(2)}))
+
+
+def test_images_that_do_not_fit_are_said_to(network):
+    three = torch.rand(2, 3, 8, 8)
+    for call in (pacd_fast.certify, pacd_fast.predict, pacd_fast.soft_certify):
+        with pytest.raises(ValueError, match=r"the model does not take images \(3, 8, 8\): ") as caught:
+            call(network, three, **OPTIONS)
+        assert "\n" not in str(caught.value)
+    with pytest.warns(UserWarning, match="the images reach 255, and sigma is 0.25 in the same unit: give images of 8"):
+        pacd_fast.certify(network, torch.full((1, 1, 8, 8), 255.0), **OPTIONS)
+
+
+def test_a_smoothed_classifier_takes_arrays(network):
+    image = torch.rand(1, 8, 8)
+    found = []
+    for given in (image, image.numpy()):
+        smooth = pacd_fast.Smooth(network, 3, 0.25, seed=3)
+        found.append((smooth.certify(given, 20, 500, 0.001), smooth.predict(given, 500, 0.001)))
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="x must be a tensor or a NumPy array, not list"):
+        smooth.certify([0.5], 20, 500, 0.001)

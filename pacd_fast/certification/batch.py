@@ -109,8 +109,9 @@ class Batch:
             self.table.zero_()
             if not torch.equal(replay(), logits) or not torch.equal(self.table, table):
                 raise RuntimeError("it counts otherwise")
-        except RuntimeError as error:  # a model that waits for the card, too little memory, ...
-            self._classifier.notes.append(f"no CUDA graph: {str(error).strip().partition(chr(10))[0]}")
+        except (RuntimeError, ValueError) as error:  # a model that waits for the card, too little memory, ...
+            said = str(error.__cause__ or error).strip().partition("\n")[0]
+            self._classifier.notes.append(f"no CUDA graph: {said}")
             return None
         return replay
 

@@ -8,7 +8,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pacd_fast import ops
 from pacd_fast._C import keep_freed_memory
 from pacd_fast.arguments import whole
-from pacd_fast.networks import fold_batch_norm
+from pacd_fast.networks import fold_batch_norm, takes
 from pacd_fast.randomness import Stream
 
 Model: TypeAlias = nn.Module | Callable[[Tensor], Tensor]
@@ -101,6 +101,7 @@ class BaseClassifier:
         if self.device.type == "cpu":
             keep_freed_memory()  # fresh pages for every batch cost up to as much as the network
         self.num_classes, self.shape, self.notes = num_classes, tuple(images.shape[1:]), list[str]()
+        self._fits = False  # until the first pass has shown it
         last = images.dim() == 4 and (self.dtype != torch.float32 or self.device.type == "cpu")
         self.memory_format = torch.channels_last if last else torch.contiguous_format
         taken = isinstance(model, nn.Module) and isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
@@ -120,8 +121,10 @@ class BaseClassifier:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """logits [rows, num_classes] of a batch as `empty` makes them."""
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+        first = nullcontext() if self._fits else takes(self.shape)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), first:
             logits = self._model(batch)
+        self._fits = True
         if not isinstance(logits, Tensor) or logits.shape != (len(batch), self.num_classes):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model must return logits [{len(batch)}, {self.num_classes}], not {found}")

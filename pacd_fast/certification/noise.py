@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pacd_fast import ops
 from pacd_fast.arguments import positive
 
-Numbers: TypeAlias = float | Sequence[float] | Tensor
+Numbers: TypeAlias = float | Sequence[float] | NDArray[Any] | Tensor
 
 KINDS = ("lattice", "float")
 
@@ -76,7 +78,7 @@ class Noise:
 def _tuple(values: Numbers) -> tuple[float, ...]:
     if isinstance(values, Tensor):
         values = values.flatten().tolist()
-    return tuple(map(float, values)) if isinstance(values, Sequence) else (float(values),)
+    return tuple(np.asarray(values, dtype=np.float64).ravel().tolist())
 
 
 class Copies:

@@ -15,7 +15,7 @@ from pacd_fast.certification.classifier import Compile, Model
 from pacd_fast.certification.noise import Noise, Numbers
 from pacd_fast.certification.question import check_level
 from pacd_fast.certification.sampler import Sampler
-from pacd_fast.certification.vote import sampler_of
+from pacd_fast.certification.vote import by_sigma, pixels, sampler_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def predict(
     images: Any,
     *,
     num_classes: int,
-    sigma: float,
+    sigma: Numbers,
     n0: float = 100,
     n: float = 100_000,
     alpha: float = 0.001,
@@ -67,17 +67,21 @@ def predict(
     Raises ValueError as `pacd_fast.certify` does.
     """
     seed = secrets.randbits(63) if seed is None else seed
-    sampler, rule = predictor(
-        model, images, num_classes, Noise.of(noise, sigma, step, offset), seed, n0, n, alpha, futility,
-        dtype=dtype, rows=batch_size, compile=compile, image_ids=image_ids,
-    )  # fmt: skip
-    count = len(sampler.copies.images)
+    images = pixels(images)
+    count = len(images)
+    ids = torch.arange(count) if image_ids is None else torch.as_tensor(image_ids)
     found = Predictions(
         torch.full((count,), -1), torch.zeros(count).long(), torch.zeros(count, num_classes).long(), seed
     )
-    for index, outcome, _ in sampler.decide(rule, progress):
-        found.prediction[index], found.samples[index] = outcome.prediction, outcome.samples
-        found.counts[index] = torch.from_numpy(outcome.counts)
+    for level, part in by_sigma(sigma, count):
+        sampler, rule = predictor(
+            model, images[part], num_classes, Noise.of(noise, level, step, offset), seed, n0, n, alpha, futility,
+            dtype=dtype, rows=batch_size, compile=compile, image_ids=ids[part],
+        )  # fmt: skip
+        for index, outcome, _ in sampler.decide(rule, progress):
+            at = part[index]
+            found.prediction[at], found.samples[at] = outcome.prediction, outcome.samples
+            found.counts[at] = torch.from_numpy(outcome.counts)
     return found
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,34 +51,37 @@ class Smooth:
         self._prepared: tuple[tuple[object, ...], list[Tensor], BaseClassifier] | None = None
 
     def certify(
-        self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int | None = None, *, sides: int = 1
+        self, x: Any, n0: int, n: int, alpha: float, batch_size: int | None = None, *, sides: int = 1
     ) -> tuple[int, float]:
         """(class, l2 radius) of one image x [...], or (ABSTAIN, 0.0); wrong with probability at most alpha.
 
-        n0 samples select the class, n estimate its probability.  Raises ValueError as `pacd_fast.certify` does.
+        x is a tensor or a NumPy array, uint8 divided by 255.  n0 samples select the class, n estimate its probability.
+        Raises ValueError as `pacd_fast.certify` does.
         """
         question = Question.of(self.sigma, n0, n, alpha, None, None, sides, 1e-6)
         found = self.draw(x, question, batch_size)
         return found.prediction, found.radius
 
-    def draw(self, x: Tensor, question: Question, batch_size: int | None = None) -> Certificate:
+    def draw(self, x: Any, question: Question, batch_size: int | None = None) -> Certificate:
         """The certificate of one image x [...]: votes, bounds and all."""
+        images = _alone(x)
         sampler = sampler_of(
-            self.prepared(x, batch_size), x.unsqueeze(0), self.num_classes, self.noise, self.seed, question.n,
+            self.prepared(images[0], batch_size), images, self.num_classes, self.noise, self.seed, question.n,
             image_ids=self._next_id(),
         )  # fmt: skip
         (found,) = certificates(sampler, question, False)
         return found
 
-    def predict(self, x: Tensor, n: int, alpha: float, batch_size: int | None = None, *, n0: int = 100) -> int:
+    def predict(self, x: Any, n: int, alpha: float, batch_size: int | None = None, *, n0: int = 100) -> int:
         """The class of one image x [...] or ABSTAIN; wrong with probability <= alpha.  At most n0 + n samples.
 
         See `pacd_fast.predict`; raises ValueError as it does.
         """
         check_level(n, alpha, 2e-200)
-        classifier = self.prepared(x, batch_size)
+        images = _alone(x)
+        classifier = self.prepared(images[0], batch_size)
         sampler, rule = predictor(
-            classifier, x.unsqueeze(0), self.num_classes, self.noise, self.seed, n0, n, alpha, 1e-6,
+            classifier, images, self.num_classes, self.noise, self.seed, n0, n, alpha, 1e-6,
             image_ids=self._next_id(),
         )  # fmt: skip
         ((_, outcome, _),) = sampler.decide(rule)
@@ -101,3 +106,10 @@ class Smooth:
         )
         self._prepared = key, [each.clone() for each in state], classifier
         return classifier
+
+
+def _alone(x: Any) -> Tensor:
+    """One image as a batch float32 [1, ...].  Raises ValueError."""
+    if not isinstance(x, Tensor | np.ndarray):
+        raise ValueError(f"x must be a tensor or a NumPy array, not {type(x).__name__}")
+    return pixels(x[None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import warnings
 import zlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from pacd_fast.certification.noise import Copies, Noise, Numbers
 from pacd_fast.certification.question import Question
 from pacd_fast.certification.sampler import Sampler
 from pacd_fast.certification.sharing import Share, SharedImages
-from pacd_fast.data import as_float, as_images, labelled
+from pacd_fast.data import as_float, as_images, images_of
 from pacd_fast.networks import fingerprint
 from pacd_fast.ranks import Ranks
+
+LARGE = 16.0  # what no pixel in [0, 1] is, nor one that was normalised
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def certify(
     images: Any,
     *,
     num_classes: int,
-    sigma: float | Tensor,
+    sigma: Numbers,
     n0: float = 100,
     n: float = 100_000,
     alpha: float = 0.001,
@@ -120,8 +123,8 @@ def certify(
             folded, and for 4-d images on the CPU or in half precision put into channels_last; it must not look at
             other images of its batch.  A module that torch.compile returned is taken as it is.
         images: [N, ...], pixels as the model takes them, on any device, moved to the model's: a tensor, NumPy array, or
-            DataLoader of (images, labels).  uint8 is divided by 255.  Noise and radius are about the float32 image:
-            float64 pixels must be float32 numbers.
+            DataLoader of images or (images, labels).  uint8 is divided by 255.  Noise and radius are about the float32
+            image: float64 pixels must be float32 numbers.  A warning says so where they look like 8 bits and sigma not.
         sigma: the noise's standard deviation in pixel units, rounded to float32 (the radius uses the rounded number);
             or one for each image, [N].
         n0, n: selection and estimation samples per image; alpha: failure probability of each certificate.
@@ -162,14 +165,9 @@ def certify(
     entropy = ranks.everyones(secrets.randbits(63))[0]
     seed = entropy if seed is None else seed
     images, num_classes = pixels(images), _classes(num_classes)
-    every = torch.arange(len(images))
-    ids = every if image_ids is None else torch.as_tensor(image_ids)
-    parts = [(sigma, every)]
-    if isinstance(sigma, Tensor) and sigma.dim():
-        if sigma.shape != images.shape[:1]:
-            raise ValueError(f"sigma must be a number or [{len(images)}], one per image, not {tuple(sigma.shape)}")
-        parts = [(float(each), every[sigma.cpu() == each]) for each in sigma.cpu().unique()]
-    laws = tuple(Noise.of(noise, float(each), step, offset) for each, _ in parts)
+    ids = torch.arange(len(images)) if image_ids is None else torch.as_tensor(image_ids)
+    parts = by_sigma(sigma, len(images))
+    laws = tuple(Noise.of(noise, each, step, offset) for each, _ in parts)
     numbers, votes = torch.zeros(3, len(images), dtype=torch.int64), torch.zeros(2, len(images), num_classes).long()
     reals = torch.zeros(3, len(images), dtype=torch.float64)
     result = Certificates(
@@ -179,7 +177,7 @@ def certify(
     mine = torch.zeros(len(images), dtype=torch.bool)
     for each, part in parts:
         for found in certify_each(
-            model, images[part], num_classes=num_classes, sigma=float(each), n0=n0, n=n, alpha=alpha, radii=radii,
+            model, images[part], num_classes=num_classes, sigma=each, n0=n0, n=n, alpha=alpha, radii=radii,
             tolerance=tolerance, sides=sides, futility=futility, noise=noise, step=step, offset=offset, check=check,
             seed=seed, dtype=dtype, batch_size=batch_size, compile=compile, image_ids=ids[part], progress=progress,
             group=group,
@@ -258,6 +256,20 @@ def certificates(
         yield Certificate.of(index, outcome, seconds)
 
 
+def by_sigma(sigma: Numbers, count: int) -> list[tuple[float, Tensor]]:
+    """The images, int64 [K], of every noise level: all of one number, or by rising level where there is one for each.
+
+    Raises ValueError for another number of levels than images.
+    """
+    every = torch.arange(count)
+    levels = sigma.detach().cpu() if isinstance(sigma, Tensor) else torch.from_numpy(np.asarray(sigma, np.float64))
+    if levels.dim() == 0:
+        return [(float(levels), every)]
+    if levels.shape != every.shape:
+        raise ValueError(f"sigma must be a number or [{count}], one per image, not {tuple(levels.shape)}")
+    return [(float(each), every[levels == each]) for each in levels.unique()]
+
+
 def _classes(num_classes: int) -> int:
     num_classes = whole("num_classes", num_classes)
     if not 2 <= num_classes < 2**24:
@@ -287,6 +299,9 @@ def sampler_of(
         raise ValueError(f"image_ids must be int64 [{len(images)}], not {ids.dtype} {tuple(ids.shape)}")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 2**48:
         raise ValueError("image_ids must be in [0, 2^48)")
+    if len(images) and noise.sigma <= 1 and LARGE < (most := float(images.max())):
+        text = f"the images reach {most:g}, and sigma is {noise.sigma:g} in the same unit"
+        warnings.warn(f"{text}: give images of 8 bits as uint8, or divided by 255", stacklevel=2)
     copies = Copies(noise, images, ids.to(images.device), seed, check)
     classifier = model if isinstance(model, BaseClassifier) else BaseClassifier(
         model, images, num_classes, dtype=dtype, rows=rows, compile=compile,
@@ -296,8 +311,8 @@ def sampler_of(
 
 
 def pixels(images: Any) -> Tensor:
-    """float32 [N, ...] from a tensor, a NumPy array or a loader of (images, labels).  Raises ValueError."""
-    images = as_images(images) if isinstance(images, Tensor | np.ndarray) else labelled(images)[0]
+    """float32 [N, ...] from a tensor, a NumPy array or a loader, labels or not.  Raises ValueError."""
+    images = as_images(images) if isinstance(images, Tensor | np.ndarray) else images_of(images)
     if images.dtype == torch.float64 and not torch.equal(images.float().double(), images):
         raise ValueError("float64 images are certified in float32, which does not hold these: give images.float()")
     images = as_float(images)

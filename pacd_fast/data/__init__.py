@@ -4,7 +4,7 @@
 Imports `arguments`, `files` and `ops` at most.
 """
 
-from pacd_fast.data.arrays import as_float, as_images, labelled
+from pacd_fast.data.arrays import as_float, as_images, images_of, labelled
 from pacd_fast.data.datasets import NAMES, Dataset, load_dataset, random_subset
 from pacd_fast.data.npz import UNREADABLE, Npz, open_npz
 
@@ -15,6 +15,7 @@ __all__ = [
     "Npz",
     "as_float",
     "as_images",
+    "images_of",
     "labelled",
     "load_dataset",
     "open_npz",

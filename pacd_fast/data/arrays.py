@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -53,25 +53,53 @@ def labelled(data: Any) -> tuple[Tensor, Tensor]:
     """
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         return _pair(*data)
+    images, labels = _loaded(data, _labelled_batch)
+    return images, labels
+
+
+def images_of(data: Any) -> Tensor:
+    """The images alone of what `labelled` takes, or of a loader that gives them without labels: floating [N, ...].
+
+    Raises ValueError as `labelled` does.
+    """
+    if isinstance(data, tuple | list) and data and isinstance(data[0], Tensor | np.ndarray):
+        if len(data) == 2 and np.shape(data[0]) != np.shape(data[1]):
+            return labelled(data)[0]
+        raise ValueError(f"images must be one tensor [N, ...], not {len(data)} in a list: give torch.stack(images)")
+    return _loaded(data, _images_batch)[0]
+
+
+def _loaded(data: Any, read: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What `read` makes of a loader's batches, the images first, put together."""
     if isinstance(data, TorchDataset) and hasattr(data, "__len__"):
         data = DataLoader(data, batch_size=256)
     if not isinstance(data, Iterable) or isinstance(data, Tensor | np.ndarray | str | dict):
         raise ValueError(f"data must be (images, labels) or a DataLoader, not {type(data).__name__}")
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
     with torch.random.fork_rng(devices=[]):
         try:
             for batch in data:
-                if not isinstance(batch, tuple | list) or len(batch) != 2:
-                    raise ValueError("a loader must give batches (images, labels)")
-                found.append(_pair(*batch))
+                found.append(read(batch))
         except TypeError as error:  # images without ToTensor cannot be put together
             raise ValueError(f"the loader gives no tensors: {str(error).partition(chr(10))[0]}") from error
     if not found:
         raise ValueError("the loader gives no batch")
-    if len({(images.dtype, images.shape[1:]) for images, _ in found}) > 1:
+    if len({(images.dtype, images.shape[1:]) for images, *_ in found}) > 1:
         raise ValueError("the loader's batches hold images of several dtypes or shapes")
-    images, labels = zip(*found, strict=True)
-    return torch.cat(images), torch.cat(labels)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+
+def _labelled_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError("a loader must give batches (images, labels)")
+    return _pair(*batch)
+
+
+def _images_batch(batch: Any) -> tuple[Tensor]:
+    """Of images alone, of [images], as a TensorDataset gives them, or of (images, labels)."""
+    if not isinstance(batch, tuple | list):
+        return (as_images(batch),)
+    return (as_images(batch[0]) if len(batch) == 1 else _labelled_batch(batch)[0],)
 
 
 def _pair(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
