@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pacd_fast import files
 from pacd_fast.certification import ResultsFile, Row, Run
@@ -18,6 +21,11 @@ NETWORK = """from torch import nn
 
 def nothing_yet(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def never_one(num_classes):
+    network = nothing_yet(num_classes)
+    network[1].bias.data[1] = -1000
+    return network
 """
 
 
@@ -34,6 +42,9 @@ def folder(tmp_path_factory) -> Path:
         with ResultsFile(folder / f"{name}.tsv", Run(100, 1000, 0.001, sigma, 7, "float32", "m@0", "d@0")) as file:
             for i in range(9):
                 file.append(Row(i, 1, 1, sigma * (1 + i % 3) / 4, 0.9, 950, 0.5))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    torch.save(network.state_dict(), folder / "net.pt")
+    torch.save({name: value * torch.nan for name, value in network.state_dict().items()}, folder / "nan.pt")
     (folder / "empty.tsv").touch()
     (folder / "started.tsv").write_bytes((folder / "a.tsv").read_bytes().partition(b"\n")[0] + b"\n0\t1")
     return folder
@@ -52,6 +63,8 @@ def here(folder, tmp_path, monkeypatch) -> Path:
 WRITERS = {
     "train": "train --data data.npz --model small_net:nothing_yet --epochs 1 --device cpu --out out.safetensors",
     "poison": "poison random --data data.npz --target-class 1 --epsilon 0.1 --device cpu --out out.npz",
+    "predict": "predict --checkpoint net.pt --model small_net:nothing_yet --data data.npz --sigma 0.5 --n 500 --max 4"
+    " --device cpu --out out.tsv",
     "plot": "plot a.tsv --out out.png",
     "report": "report a.tsv --out out.html",
 }
@@ -79,6 +92,46 @@ def test_nothing_is_overwritten_and_one_writes(command, here, capsys):
     out.symlink_to("/dev/full")
     assert main([*words, "--force"]) == 2 and Path("/dev/full").is_char_device()
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_certify_says_where_its_rows_are(here, capsys):
+    words = WRITERS["predict"].replace("predict", "certify", 1).split()
+    for said in ("", "out.tsv: 4 of 4 images are there, 0 to go"):
+        assert main(words) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("out.tsv: 4 images, ") and out.endswith("pacd-fast summary out.tsv shows them\n")
+        assert not said or err == f"{said}\n", "no bar of nothing"
+
+
+def test_what_leaves_no_row_leaves_no_file(here, capsys):
+    for command in ("certify", "predict"):
+        words = WRITERS["predict"].replace("predict", command, 1).replace("net.pt", "nan.pt").split()
+        before = sorted(here.iterdir())
+        assert main(words) == 2 and "NaN" in capsys.readouterr().err
+        assert sorted(here.iterdir()) == before
+    Path("out.tsv").touch()
+    assert main([*words, "--force"]) == main(["certify", *words[1:]]) == 2
+    assert Path("out.tsv").exists(), "what was there stays"
+
+
+@pytest.mark.parametrize("command", ["summary {}", "plot {} --out out.png"])
+def test_a_torn_last_row_is_said(command, here, capsys):
+    assert main(command.format("a.tsv").split()) == 0 and not capsys.readouterr().err
+    Path("torn.tsv").write_bytes(Path("a.tsv").read_bytes()[:-3])
+    assert main([*command.format("torn.tsv").split(), *["--force"] * ("plot" in command)]) == 0
+    assert capsys.readouterr().err == "torn.tsv: its last row is torn, and left out\n"
+
+
+def test_a_choice_out_of_range_is_named(here, capsys):
+    for command in (
+        "evaluate --attack 5 --checkpoint net.pt",
+        "certify --checkpoint net.pt --out out.tsv",
+        "verify a.tsv",
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*command.split(), "--choice", "-1"])
+        assert caught.value.code == 2
+        assert "argument --choice: must be in [0, 2^32), not -1" in capsys.readouterr().err
 
 
 def test_the_second_of_several_victims_is_not_overwritten(here, capsys):
@@ -146,5 +199,24 @@ def test_metapoison_says_what_is_ahead(here, capsys):
     words += " --surrogates 3 --epochs 6 --budget 0.1 --unroll 1 --device cpu --out m.npz"
     assert main(words.split()) == 0
     said = capsys.readouterr().err
+    one = words.replace("--surrogates 3 --epochs 6", "--surrogates 2 --epochs 2").replace("--steps 2", "--steps 1")
     assert "3 surrogates, pretrained for 6 epochs in all, then 2 crafting steps of an epoch each" in said
     assert "surrogate 1 of 3" in said and "step 1 of 2" in said and "100%" in said and "left 00:00" in said
+    assert main([*one.split(), "--force"]) == 0
+    said = capsys.readouterr().err
+    assert "2 surrogates, pretrained for 1 epoch in all, then 1 crafting step of an epoch each" in said
+
+
+def test_poison_that_changes_nothing_says_so_and_what_to_do(here, capsys):
+    """In a process of its own: what torch warns of when it loads something comes once a process."""
+    words = "poison pacd --data data.npz --epochs 1 --lower-steps 1 --copies 2 --device cpu --target-class 1 --model"
+    for model, unchanged in (("small_net:never_one", True), ("small_net:nothing_yet", False)):
+        command = [sys.executable, "-m", "pacd_fast", *words.split(), model, "--out", f"{unchanged}.npz"]
+        path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+        said = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+        assert said.returncode == 0 and "Warning" not in said.stderr, said.stderr
+        assert ("largest linf distortion 0.0000" in said.stdout) is unchanged
+        assert ("nothing changed: the poison is the clean images" in said.stderr) is unchanged
+        assert ("more --lower-steps or --epochs" in said.stderr) is unchanged
+    assert main([*words.split(), "small_net:nothing_yet", "--max-seconds", "0", "--out", "none.npz"]) == 0
+    assert "crafting ended before its first step, give more --max-seconds" in capsys.readouterr().err

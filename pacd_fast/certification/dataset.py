@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import secrets
 import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from pacd_fast.certification.rows import ABSTAIN, Row, Run, check_same_run, spar
 from pacd_fast.certification.sharing import SHARES, Share
 from pacd_fast.certification.vote import certificates, sampler_of
 from pacd_fast.data import Dataset, random_subset
+from pacd_fast.files import claimed
 from pacd_fast.networks import Checkpoint
 from pacd_fast.ranks import Ranks
 
@@ -37,7 +40,7 @@ class Selection:
         target_class, except_class: only images of this class, or of others.
         images: only these, by index.
         count, choice: a random choice of so many, decided by the seed `choice`; None for all.
-        skip, max: those whose index `skip` divides, below `max`.
+        skip, max: those whose index is a multiple of `skip` and below `max`.
         shard: (i, m), every m-th of what is left, from the i-th.
     """
 
@@ -230,14 +233,30 @@ def predict_dataset(
     out: PathLike,
     settings: Certify,
     *,
+    force: bool = False,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[int, int, float]:
     """Predictions of the smoothed classifier for images of a split, in a new file, a line each as they are decided.
 
+    force: write it anew where it is there already, from the first decision on.
     Returns how many are right, on how many it abstains, and the mean number of samples.
-    Raises ValueError and OSError as `certify_dataset` does; FileExistsError where there is such a file.
+    Raises ValueError and OSError as `certify_dataset` does; ValueError where there is such a file.
     """
+    with claimed(out, force=force) as path:
+        return _predict_dataset(checkpoint, data, split, chosen, path, settings, device, progress)
+
+
+def _predict_dataset(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    split: str,
+    chosen: Sequence[int],
+    out: Path,
+    settings: Certify,
+    device: torch.device | str,
+    progress: bool,
+) -> tuple[int, int, float]:
     images, labels = data.split(split)
     law = settings.law(sigma_of(settings.sigma, checkpoint), None)
     seed = secrets.randbits(63) if settings.seed is None else settings.seed
@@ -254,9 +273,11 @@ def predict_dataset(
         **dataclasses.asdict(sampler.classifier.engine),
     }  # fmt: skip
     right, abstained, samples = 0, 0, 0
-    with open(writable(out), "x", encoding="utf-8", buffering=1) as file:
+    decided = sampler.decide(rule, progress)
+    first = next(decided)  # where the model gives NaN, the file stays as it is
+    with open(out, "w", encoding="utf-8", buffering=1) as file:
         file.write("\t".join(["idx", "label", "predict", "correct", "samples", "votes", *run]) + "\n")
-        for index, outcome, _ in sampler.decide(rule, progress):
+        for index, outcome, _ in itertools.chain([first], decided):
             idx = int(ids[index])
             label, predicted = int(labels[idx]), outcome.prediction
             right, abstained = right + (label == predicted), abstained + (predicted == ABSTAIN)

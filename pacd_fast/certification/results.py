@@ -36,12 +36,9 @@ class ResultsFile:
     def __init__(self, path: PathLike, run: Run) -> None:
         self.path = writable(path)
         self.run = run
-        self._file = io.FileIO(self.path, "a+")  # unbuffered: one row is one write
+        self._made = not os.path.lexists(self.path)
+        self._file = self._opened()
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{path} is being written by another process; choose another --out") from error
             there, whole = parse(self.path, ours=True)
             if there.run is not None:
                 check_same_run(str(path), there.run, run, "choose another --out or delete it")
@@ -55,6 +52,21 @@ class ResultsFile:
         except BaseException:
             self._file.close()
             raise
+
+    def _opened(self) -> io.FileIO:
+        """The file, locked: the very one that is at the path, for another process may have just removed its own."""
+        while True:
+            file = io.FileIO(self.path, "a+")  # unbuffered: one row is one write
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
+                    return file
+            except FileNotFoundError:
+                pass
+            except BlockingIOError as error:
+                file.close()
+                raise ValueError(f"{self.path} is being written by another process; choose another --out") from error
+            file.close()
 
     def append(self, row: Row) -> None:
         """Write one row. Raises ValueError for a row that is impossible or whose idx is in the file already."""
@@ -102,6 +114,8 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None and self._made and not self.done:  # a failure leaves no file that says nothing
+            self.path.unlink(missing_ok=True)
         self.close()
 
 

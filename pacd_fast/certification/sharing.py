@@ -137,6 +137,11 @@ def sampler_bar(samples: int, progress: bool) -> Iterator[Any]:
     """A progress bar of so many samples, with rate and time left, or none."""
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
     with tqdm(
-        total=samples, unit="sample", unit_scale=True, disable=not progress, smoothing=0.1, mininterval=interval
+        total=samples,
+        unit="sample",
+        unit_scale=True,
+        disable=not (progress and samples),
+        smoothing=0.1,
+        mininterval=interval,
     ) as bar:
         yield bar

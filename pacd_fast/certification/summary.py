@@ -121,7 +121,7 @@ def summary_table(
     if any(s.samples is not None for s in summaries):
         add("samples an image", [s.samples for s in summaries], ".0f")
         full = [s.run.n / s.samples if s.run and s.samples else None for s in summaries]
-        add("n over that", full, ".3g")
+        add("n / samples", full, ".3g")
         for q in QUANTILES:
             add(
                 f"samples quantile {q:g}",

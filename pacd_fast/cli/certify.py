@@ -12,6 +12,7 @@ import torch
 
 from pacd_fast.arguments import number, whole_number
 from pacd_fast.certification import (
+    ABSTAIN,
     Certify,
     Selection,
     certify_dataset,
@@ -20,7 +21,7 @@ from pacd_fast.certification import (
     redraw,
     verify,
 )
-from pacd_fast.cli.flags import add_data, add_device, add_fields, device_of, given, load_data
+from pacd_fast.cli.flags import add_choice, add_data, add_device, add_fields, add_out, device_of, given, load_data
 from pacd_fast.data import Dataset, random_subset
 from pacd_fast.networks import BUILT_IN, Checkpoint, load_checkpoint
 from pacd_fast.ranks import Ranks
@@ -73,7 +74,7 @@ def add_commands(add: Any) -> None:
     sub = add("predict", run_predict, "what the smoothed classifier says, with as few samples as that takes")
     _add_images(sub)
     add_fields(sub, Certify, skip=("radii", "tolerance", "sides"))
-    sub.add_argument("--out", required=True, help="a new file (.tsv)")
+    add_out(sub, "a new file (.tsv)")
     sub = add("verify", run_verify, "recompute every certificate of a results file; draw the noise again for some")
     sub.add_argument("file")
     add_checkpoint(sub, required=False, help="with it, the votes of some images are drawn again and compared")
@@ -81,7 +82,7 @@ def add_commands(add: Any) -> None:
     sub.add_argument("--split", choices=["test", "train", "val"], default="test")
     sub.add_argument("--images", type=whole_number, default=5, help="how many, a random choice")
     sub.add_argument("--fraction", type=number, help="or which share of them")
-    sub.add_argument("--choice", type=whole_number, default=0, help="seed of the choice")
+    add_choice(sub, "seed of the choice")
     add_device(sub)
 
 
@@ -90,13 +91,13 @@ def _add_images(sub: argparse.ArgumentParser) -> None:
     add_checkpoint(sub)
     add_data(sub)
     sub.add_argument("--split", choices=["test", "train", "val"], default="test")
-    sub.add_argument("--skip", type=whole_number, default=1, help="only the images whose index it divides")
+    sub.add_argument("--skip", type=whole_number, default=1, help="only images 0, SKIP, 2 SKIP, ...")
     sub.add_argument("--max", type=whole_number, help="stop before this image")
     sub.add_argument("--target-class", help="only images of this class, its name or number")
     sub.add_argument("--images", type=whole_number, nargs="+", help="only these images, by index")
     sub.add_argument("--except-class", help="only images of other classes")
     sub.add_argument("--count", type=whole_number, help="a random choice of this many images, decided by --choice")
-    sub.add_argument("--choice", type=whole_number, default=0, help="seed of --count's choice")
+    add_choice(sub, "seed of --count's choice")
     add_device(sub)
 
 
@@ -110,8 +111,6 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _chosen(options: argparse.Namespace, data: Dataset, shard: tuple[int, int] = (0, 1)) -> list[int]:
     """Indices of the images that a command line asks for."""
-    if not 0 <= options.choice < 2**32:
-        raise ValueError(f"--choice must be in [0, 2^32), not {options.choice}")
     target, others = (
         None if text is None else data.class_index(text) for text in (options.target_class, options.except_class)
     )
@@ -138,6 +137,10 @@ def run(options: argparse.Namespace) -> None:
         device=device,
         progress=True,
     )
+    if Ranks.of_torchrun().rank == 0:
+        rows = read_results(options.out)
+        abstained = int((rows.predict == ABSTAIN).sum())
+        print(f"{options.out}: {len(rows)} images, {abstained} abstained; pacd-fast summary {options.out} shows them")
 
 
 def run_predict(options: argparse.Namespace) -> None:
@@ -145,7 +148,7 @@ def run_predict(options: argparse.Namespace) -> None:
     chosen = _chosen(options, data)
     right, abstained, samples = predict_dataset(
         checkpoint_for(options.checkpoint, options, data), data, options.split, chosen, options.out,
-        Certify(**given(Certify, options)), device=device, progress=True,
+        Certify(**given(Certify, options)), force=options.force, device=device, progress=True,
     )  # fmt: skip
     count = len(chosen)
     print(f"{options.out}: {right / count:.2%} right, {abstained} of {count} abstained, {samples:.0f} samples an image")

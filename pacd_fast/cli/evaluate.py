@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pacd_fast.arguments import at_least, number, whole_number
 from pacd_fast.cli.certify import add_checkpoint, checkpoint_for
-from pacd_fast.cli.flags import add_data, add_device, device_of, load_data
+from pacd_fast.cli.flags import add_choice, add_data, add_device, device_of, load_data
 from pacd_fast.data import Dataset, random_subset
 from pacd_fast.training import Evaluation, evaluate, evaluation_dict, evaluation_table
 
@@ -33,7 +33,7 @@ def add_commands(add: Any) -> None:
         help="also the l2 distortion that PGD needs, of so many images (200, say), a random choice; 0 for none",
     )  # fmt: skip
     sub.add_argument("--sigma", type=number, help="noise of both; by default what the checkpoint was trained with")
-    sub.add_argument("--choice", type=whole_number, default=0, help="seed of --attack's choice")
+    add_choice(sub, "seed of --attack's choice")
     sub.add_argument(
         "--copies", type=whole_number, help="noisy copies in the attack; by default 10 for cifar10, else 20"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pacd_fast import ops
-from pacd_fast.arguments import number, whole_number
+from pacd_fast.arguments import NotANumber, number, whole_number
 from pacd_fast.data import NAMES, Dataset, load_dataset
 from pacd_fast.ranks import Ranks
 
@@ -96,6 +96,17 @@ def add_out(parser: argparse._ActionsContainer, text: str) -> None:
     """--out, and --force without which nothing is overwritten; see `files.claimed`."""
     parser.add_argument("--out", required=True, help=text)
     parser.add_argument("--force", action="store_true", help="write --out anew where it is there already")
+
+
+def add_choice(parser: argparse._ActionsContainer, text: str) -> None:
+    """--choice, the seed of a random choice of images (see `data.random_subset`)."""
+
+    def seed(word: str) -> int:
+        if not 0 <= (value := whole_number(word)) < 2**32:
+            raise NotANumber(f"must be in [0, 2^32), not {value}")
+        return value
+
+    parser.add_argument("--choice", type=seed, default=0, help=text)
 
 
 def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:

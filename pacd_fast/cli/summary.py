@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ def named(files: Sequence[str]) -> dict[str, str]:
     names = [stem if name or stems.count(stem) == 1 else path for stem, (name, path) in zip(stems, found, strict=True)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{twice[0]} is the name of two files: call them NAME=FILE")
+    for _, path in found:
+        _note_torn(path)
     return dict(zip(names, (path for _, path in found), strict=True))
 
 
@@ -70,6 +73,16 @@ def _without_rows(path: str) -> bool:
     head, _, rest = text.partition(b"\n")
     whole = b"\n" in rest if head.count(b"\t") > 5 else bool(rest.strip())  # locuslab's last line may have no end
     return not text or (head.startswith(b"idx\t") and not whole)
+
+
+def _note_torn(path: str) -> None:
+    """Says where the last row of a file of ours has no end: its run was stopped, or is writing."""
+    with opened(path, "results file") as file:
+        head = file.readline(2**12)
+        if head.startswith(b"idx\t") and head.count(b"\t") > 5:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                print(f"{path}: its last row is torn, and left out", file=sys.stderr)
 
 
 def _read(files: Mapping[str, str]) -> dict[str, Results]:
@@ -114,4 +127,5 @@ def run_plot(options: argparse.Namespace) -> None:
 def run_merge(options: argparse.Namespace) -> None:
     for path in options.files:
         readable(path, "results file")
+        _note_torn(path)
     print(f"{options.out}: {merge(options.files, options.out)} images")
