@@ -187,6 +187,8 @@ def _craft(options: argparse.Namespace, device: torch.device, out: Path, ranks: 
         f"largest {poison.ball.norm} distortion {float(used.max()):.4f} (epsilon {poison.ball.epsilon:g}), "
         f"mean {float(used.mean()):.4f}; picture {picture}"
     )
+    if not bool(used.any()):
+        print(f"nothing changed: the poison is the clean images{_why_unchanged(poison)}", file=sys.stderr)
     if poison.settings.get("restarts_nan"):
         print(f"the weights were re-initialised {poison.settings['restarts_nan']} times: a cost was not finite")
     if poison.settings.get("unsolved"):
@@ -194,6 +196,18 @@ def _craft(options: argparse.Namespace, device: torch.device, out: Path, ranks: 
             f"{poison.settings['unsolved']} of {poison.settings['outer_steps']} linear systems ended no better than at "
             "0: try another --solver, or more --damping"
         )
+
+
+def _why_unchanged(poison: Poison) -> str:
+    """What to do about crafting that moved no image; nothing for baselines, whose settings say it all."""
+    if poison.settings.get("outer_steps") == 0:
+        return "; crafting ended before its first step, give more --max-seconds"
+    if poison.attack == "pacd":
+        return (
+            "; where the surrogate takes every validation image of the class for another, the radius is 0 and has no "
+            "slope to follow: give more --lower-steps or --epochs (--metrics FILE keeps each step's radius, upper)"
+        )
+    return ""
 
 
 def _bilevel(
