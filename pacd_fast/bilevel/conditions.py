@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -186,6 +187,7 @@ class _GaussNewton:
     def _tangent(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs and their derivatives along v, by dual numbers: for residual networks several times faster than
         the backward pass of a backward pass, whose convolutions are slow on a CPU."""
+        _load_dual_numbers()
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(w.detach(), d) for w, d in zip(self.v, v, strict=True)]
             said = self._of_inner_dtype(self.arguments.call(self.lower.outputs, self.u, duals))
@@ -209,6 +211,14 @@ class _GaussNewton:
         if not (isinstance(total, Tensor) and total.requires_grad):  # nothing depends on outer
             return [None] * len(self.u)
         return list(torch.autograd.grad(total, self.u, allow_unused=True))
+
+
+@functools.cache
+def _load_dual_numbers() -> None:
+    """Makes a first one: with it torch loads rules of its own, by its torch.jit.script, of which it warns the user."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", r".*torch\.jit\.script.*deprecated")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _normalises(values: Sequence[Tensor]) -> bool:

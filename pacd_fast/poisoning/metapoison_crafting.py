@@ -117,8 +117,8 @@ def metapoison(
     if progress:
         epochs = sum(map(attack.start, range(attack.surrogates)))
         print(
-            f"{attack.surrogates} surrogates, pretrained for {epochs} epochs in all, then {attack.steps} crafting "
-            "steps of an epoch each",
+            f"{_counted(attack.surrogates, 'surrogate')}, pretrained for {_counted(epochs, 'epoch')} in all, then "
+            f"{_counted(attack.steps, 'crafting step')} of an epoch each",
             file=sys.stderr,
         )
     bar = tqdm(
@@ -362,3 +362,7 @@ class _Crafting:
                 surrogate.model.load_state_dict(each["model"])
                 surrogate.optimizer.load_state_dict(each["optimizer"])
                 self.surrogates.append(surrogate)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
