@@ -292,6 +292,18 @@ def test_conditional_is_in_the_file_the_table_and_the_summary(tmp_path):
     assert "conditional" not in curves.flips_table(curves.read_flips([tmp_path / "auto.tsv"]))
 
 
+def test_the_command_says_what_conditional_means_and_what_to_do_with_many_features(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main(["labelflip", "--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("--l2 ")]
+    assert "with many features try --freedom 5, or --scan" in line and "conditional: holds against" in line
+    data().save(tmp_path / "f.npz")
+    words = ["labelflip", "--data", str(tmp_path / "f.npz"), "--l2", "paper", "--out", str(tmp_path / "o.tsv")]
+    assert main(words) == 0
+    assert curves.CONDITIONAL in capsys.readouterr().out
+
+
 def test_columns_are_the_fields_of_a_row_and_a_run():
     row, run = Row(1, 1, 0, 7, -3.5, "kl", 0.25, 2.0, True), Run(3, 100, 2, False, "a@b")
     line = dict(zip(COLUMNS, [*row.fields(), *run.fields()], strict=True))

@@ -41,7 +41,12 @@ def add_commands(add: Any) -> None:
     sub.add_argument("--epochs", type=whole_number, help="of network (by default 4) and simclr (200)")
     sub.add_argument("--save-features", metavar="FILE", help="keep the features as an .npz, for --data")
     sub.add_argument("--q", type=number, nargs="+", default=[0.1], help="label noise of the smoothing")
-    sub.add_argument("--l2", default="auto", help="auto (reads no label), paper (conditional), or a number")
+    sub.add_argument(
+        "--l2",
+        default="auto",
+        help="ridge parameter: auto (reads no label; with many features try --freedom 5, or --scan), paper (computed "
+        "from the labels, so conditional: holds against an attacker who leaves l2 as it is), or a number",
+    )
     sub.add_argument(
         "--freedom", type=number, help="effective degrees of freedom that auto leaves; fewer: more flips, less accuracy"
     )
