@@ -111,3 +111,18 @@ def test_the_rows_of_a_class_are_those_with_its_label(tmp_path):
         assert results.of_class(label).idx.tolist() == results.idx[results.label == label].tolist() != []
     with pytest.raises(ValueError, match="no image of class 7 among 30"):
         results.of_class(7)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("n0", "-1"), ("n", "0"), ("n", str(2**31)), ("alpha", "2.0"), ("alpha", "nan"), ("sigma", "0.0"),
+     ("sigma", "inf"), ("seed", "-5"), ("dtype", "float8"), ("noise", "pink"), ("sides", "3"), ("futility", "0.7"), ("rows", "-1"),
+     ("compiled", "2")],
+)  # fmt: skip
+def test_a_run_that_cannot_be_is_refused(name, text, tmp_path):
+    header, line = write(tmp_path / "r.tsv", [row(0)]).read_text().splitlines()
+    fields = line.split("\t")
+    fields[header.split("\t").index(name)] = text
+    (tmp_path / "r.tsv").write_text(header + "\n" + "\t".join(fields) + "\n")
+    with pytest.raises(ValueError, match=rf"r.tsv, line 2: malformed row \({name} must be .*, not '?{text}'?\)"):
+        read_results(tmp_path / "r.tsv")

@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from tqdm import tqdm
 
+from pacd_fast.certification.noise import KINDS
+from pacd_fast.certification.question import LARGEST_N
 from pacd_fast.certification.vote import Certificate
 from pacd_fast.files import AnotherRun
+from pacd_fast.ops import FLOATS
 
 ABSTAIN = -1
+_DTYPES = tuple(str(each).removeprefix("torch.") for each in FLOATS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class Run:
             bad = isinstance(text, str) and any(c in '\t"' or not c.isprintable() for c in text)
             if bad or (text == "" and field.name != "machine"):
                 raise ValueError(f"{field.name} must be printable text without tabs and double quotes, got {text!r}")
+        for name, fits, what in (
+            ("n0", 1 <= self.n0 <= LARGEST_N, "in [1, 2^31)"),
+            ("n", 1 <= self.n <= LARGEST_N, "in [1, 2^31)"),
+            ("alpha", 0 < self.alpha < 1, "in (0, 1)"),
+            ("sigma", 0 < self.sigma < np.inf, "positive and finite"),
+            ("seed", 0 <= self.seed < 2**64, "in [0, 2^64)"),
+            ("dtype", self.dtype in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+            ("noise", self.noise in KINDS, f"one of {', '.join(KINDS)}"),
+            ("sides", self.sides in (1, 2), "1 or 2"),
+            ("futility", 0 <= self.futility <= 0.5, "in [0, 1/2]"),
+            ("rows", self.rows >= 0, "at least 0"),
+            ("compiled", self.compiled in (0, 1), "0 or 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
     @property
     def version(self) -> int:
