@@ -134,6 +134,50 @@ def test_a_choice_out_of_range_is_named(here, capsys):
         assert "argument --choice: must be in [0, 2^32), not -1" in capsys.readouterr().err
 
 
+def run_program(words: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """The program, as a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(folder)} | more
+    program = [sys.executable, "-m", "pacd_fast", *words.split()]
+    return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    found = run_program("info", tmp_path)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "\npacd-fast: stopped\n")
+    assert run_program("info", tmp_path, RANK="1").stderr == "", "of several processes one says it"
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    gone = f"import os, sys; os.rmdir({str(tmp_path)!r}); sys.argv = ['pacd-fast', 'info']; from pacd_fast import cli"
+    found = subprocess.run([sys.executable, "-c", gone], cwd=tmp_path, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "pacd-fast: the folder that it was started in is gone; change to one that is there\n"
+
+
+KILLED = """
+class Killed(nn.Module):
+    def forward(self, x):
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+        return x
+
+def killed(num_classes):
+    return nn.Sequential(*nothing_yet(num_classes), Killed())
+"""
+
+
+def test_terminated_it_says_how_to_go_on_and_leaves_no_lock(here):
+    (here / "killed_net.py").write_text(NETWORK + KILLED)
+    before = sorted(here.iterdir())
+    for name, again in (("certify", "; run the same command again to go on"), ("predict", "")):
+        words = WRITERS["predict"].replace("predict", name, 1).replace("small_net:nothing_yet", "killed_net:killed")
+        found = run_program(words, here, PYTHONDONTWRITEBYTECODE="1")
+        assert found.returncode == 143 and found.stderr.endswith(f"\npacd-fast {name}: stopped{again}\n"), found.stderr
+        assert "Traceback" not in found.stderr
+        assert sorted(here.iterdir()) == before
+
+
 def test_the_second_of_several_victims_is_not_overwritten(here, capsys):
     Path("out-1.safetensors").write_text("mine")
     assert main([*WRITERS["train"].split(), "--seeds", "2"]) == 2

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,7 +27,7 @@ _COMMANDS = (train, certify, evaluate, poison, audit, summary, report, labelflip
 
 _AGAIN = {  # commands that keep what they have done
     **dict.fromkeys(("train", "poison"), "; run the same command again with --resume to go on"),
-    **dict.fromkeys(("certify", "audit", "reproduce"), "; run the same command again to go on"),
+    **dict.fromkeys(("certify", "audit", "reproduce", "labelflip"), "; run the same command again to go on"),
 }
 
 _TOGETHER = ("certify", "train", "audit", "poison", "reproduce")  # what several processes do together
@@ -84,12 +85,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; 0 when it worked, 2 with one line on stderr where the input was wrong, 130 after Ctrl-C.
 
-    141, as shells have it, where the reader of its output has gone.
+    143 after SIGTERM, where it is the program and a process alone.  141, as shells have it, where the reader of its
+    output has gone.
     """
     with contextlib.suppress(FileNotFoundError):  # the folder may be gone
         sys.path.append(os.getcwd())  # a user's package.module:function lies where the command is run
     options = parser().parse_args(arguments)
     try:
+        _take_signals()
         if Ranks.of_torchrun().size > 1 and options.command not in _TOGETHER:
             raise ValueError(f"this command is for one process; torchrun is for {', '.join(_TOGETHER)}")
         status = options.run(options) or 0
@@ -104,14 +107,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         smaller = {"train": "--microbatch", "certify": "--batch-size", "poison": "--clean-batch"}.get(options.command)
         hint = f"; a smaller {smaller} helps" if smaller else ""
         return _failed(options.command, f"{_one_line(error)}{hint}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if Ranks.of_torchrun().rank == 0:
             print(f"\npacd-fast {options.command}: stopped{_AGAIN.get(options.command, '')}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
     except Exception as error:
         if Ranks.of_torchrun().size == 1:
             raise
         return _failed(options.command, f"{type(error).__name__}: {_one_line(error)}")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is to leave no locks and torn files either."""
+
+
+def _take_signals() -> None:
+    """Where this is the program: Ctrl-C raises from now on, and so does SIGTERM.
+
+    One of several processes, which may be waiting for another, and forks end of SIGTERM as they are.
+    """
+    if signal.getsignal(signal.SIGINT) is not pacd_fast._stopped:
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = os.getpid()
+
+    def terminated(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() == process:
+            raise _Terminated
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if Ranks.of_torchrun().size == 1:
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def _failed(command: str, text: str) -> int:
