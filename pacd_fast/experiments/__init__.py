@@ -114,7 +114,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fig3": _pacd("fig3", "ACR against epsilon", pacd_figures.figure3, craft_epochs=20, others=0),
     "fig4": _pacd(
         "fig4", "poison against one method, victims of another", pacd_figures.figure4,
-        craft_epochs=15, macer_k=2, epochs=30, others=0,
+        poisons=1, craft_epochs=15, macer_k=2, epochs=20, others=0,
     ),
     "fig6": _pacd("fig6", "every class as the target", pacd_figures.figure6, craft_epochs=12, epochs=30, others=0),
     "fig7": _pacd("fig7", "deeper victims", pacd_figures.figure7, data="cifar10", epochs=8, count=30, others=0),
