@@ -157,7 +157,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     assert all(row["data"] == "mnist5k" and row["n"] == 1000 for row in rows)
     assert printed.out.count("| mnist5k") == len(rows)  # the table is printed as it goes into the page of figures
     assert (tmp_path / "w" / f"mnist5k-{name}.png").stat().st_size > 5000
-    assert {attack.seed for attack in crafted} == {0, 1} and audited
+    assert {attack.seed for attack in crafted} == ({0} if name == "fig4" else {0, 1}) and audited
     if name == "table2":
         by_name = {row["training data"]: row for row in rows}
         assert by_name["poison"]["ACR"] == "0.500±0.014" and by_name["poison"]["ACR falls by"] == "50.5%"
@@ -165,7 +165,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         assert all(row["epochs"] == 40 for row in rows) and claim["verdict"] == "holds"
         assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "0.5%"
     if name == "fig4":  # what its own small scale says
-        assert all(row["epochs"] == 30 for row in rows) and all(s.training.epochs == 30 for s, _ in audited)
+        assert all(row["epochs"] == 20 for row in rows) and all(s.training.epochs == 20 for s, _ in audited)
         assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice
     before = len(crafted)
     assert main(options) == 0 and len(crafted) == before  # poison is kept
