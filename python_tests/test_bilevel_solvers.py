@@ -180,6 +180,26 @@ def test_a_right_hand_side_of_zero_costs_nothing():
     assert torch.equal(found.q, torch.zeros(3)) and found.products == 0 and found.residual == 0 and found.converged
 
 
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "adam"])
+@pytest.mark.parametrize("exponent", [-130, -90, 100])
+def test_a_right_hand_side_whose_squares_vanish_or_overflow_is_solved(solver, exponent):
+    """In float32; by a power of two, so the answer is the same but for its size."""
+    a, b = POSITIVE.float(), B.float()
+    usual = solve(lambda v: a @ v, b, solver=solver, steps=ENOUGH[solver])
+    found = solve(lambda v: a @ v, b * 2.0**exponent, solver=solver, steps=ENOUGH[solver])
+    torch.testing.assert_close(found.q.double() * 2.0**-exponent, usual.q.double(), rtol=1e-3, atol=1e-3)
+    assert usual.converged and found.converged and found.residual == pytest.approx(usual.residual, abs=1e-3)
+
+
+@pytest.mark.parametrize("solver", ["cg", "gmres", "minres"])
+def test_a_start_that_is_worse_than_nothing_is_dropped(solver):
+    """As the last answer is where the right-hand side has nearly vanished since."""
+    cold = solve(lambda v: POSITIVE @ v, B, solver=solver, steps=2, tolerance=0.0)
+    for start in (torch.full_like(B, 1e6), torch.full_like(B, math.inf)):
+        found = solve(lambda v: POSITIVE @ v, B, solver=solver, steps=2, tolerance=0.0, warm_start=start)
+        assert torch.equal(found.q, cold.q) and found.residual == cold.residual < 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -33,7 +33,7 @@ class Iterate:
 
 def cg(a: Product, b: Tensor, q: Tensor, steps: int, tolerance: float, precondition: Product | None = None) -> Iterate:
     """Conjugate gradients; stops at a direction of no positive curvature, where they would go astray."""
-    r = b - a(q) if bool(q.any()) else b.clone()
+    q, r = _begin(a, b, q)
     z = r if precondition is None else precondition(r)
     p, rz, size, norm = z, r.dot(z), b.norm(), 0.0
     for _ in range(steps):
@@ -62,7 +62,7 @@ def minres(
 
     With a preconditioner M it is the least in the norm r . M r; the stopping test sees the residual itself.
     """
-    r = b - a(q) if bool(q.any()) else b.clone()
+    q, r = _begin(a, b, q)
     z = r if precondition is None else precondition(r)
     beta = r.norm() if precondition is None else _root(r.dot(z))
     size, phi, residual = torch.stack([b.norm(), beta, r.norm()]).tolist()
@@ -122,7 +122,7 @@ def gmres(
 
     It keeps a vector a step.
     """
-    r = b - a(q) if bool(q.any()) else b.clone()
+    q, r = _begin(a, b, q)
     size, beta = float(b.norm()), float(r.norm())
     if beta / size <= tolerance:
         return Iterate(q, beta / size)
@@ -157,6 +157,15 @@ def gmres(
     move = sum((y * each for y, each in zip(weights, basis, strict=False)), torch.zeros_like(b))
     q = q + (move if precondition is None else precondition(move))
     return Iterate(q, abs(right[-1]) / size, norm if precondition is None else 0.0)
+
+
+def _begin(a: Product, b: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Where to begin, with its residual: at q, unless 0 is nearer, as it is where b has become small since q."""
+    if not bool(q.any()):
+        return q, b.clone()
+    r = b - a(q)
+    nearer = r.norm() <= b.norm()  # not so where q is not finite
+    return torch.where(nearer, q, 0), torch.where(nearer, r, b)
 
 
 def _root(square: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -215,30 +216,44 @@ def solve(
     if preconditioner is not None:
         options["precondition"] = preconditioner
     start = _start(warm_start, b)
-    if not bool(b.any()):
+    largest = float(b.abs().max()) if len(b) else 0.0
+    if largest == 0:
         return Solved(torch.zeros_like(b), 0.0, 0, 0, tolerance)
     damped = _Counted(product, damping)
     if solver == "nystrom":
         options["damping"] = damping
+    scale = 1.0
     with torch.no_grad():
         if callable(solver):
             q = solver(damped, b, **options)
             products = damped.calls
             found = Iterate(q, float((damped(q) - b).norm() / b.norm()))
         else:
+            scale = 1.0 if solver == "adam" else _scale(largest, b.dtype)  # adam's steps have a size of their own
+            b = scale * b
             try:
-                found = SOLVERS[solver](damped, b, start, steps, tolerance, **options)
+                found = SOLVERS[solver](damped, b, scale * start, steps, tolerance, **options)
             except TypeError as error:
                 if "unexpected keyword argument" not in str(error):
                     raise
                 raise ValueError(f"{solver}: {error}") from None
             products = damped.calls
         rounding = torch.finfo(b.dtype).eps * found.norm * float(found.q.norm() / b.norm())
+        found = dataclasses.replace(found, q=found.q / scale)
     residual = max(found.residual, rounding) if bool(torch.isfinite(found.q).all()) else math.inf
     solved = Solved(found.q, residual, products, steps, tolerance, found.singular)
     if isinstance(warm_start, WarmStart):
         warm_start.solved = solved
     return solved
+
+
+def _scale(largest: float, dtype: torch.dtype) -> float:
+    """The power of two that brings a vector of this largest element near 1 where its squares may vanish or overflow."""
+    exponent = -math.frexp(largest)[1]
+    if abs(exponent) <= 30:
+        return 1.0
+    most = max(-math.frexp(torch.finfo(dtype).tiny)[1] - 26, 0)  # itself no overflow
+    return 2.0 ** max(min(exponent, most), -most)
 
 
 def check(
