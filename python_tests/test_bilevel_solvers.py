@@ -192,7 +192,7 @@ def test_a_right_hand_side_whose_squares_vanish_or_overflow_is_solved(solver, ex
 
 
 @pytest.mark.parametrize("solver", ["cg", "gmres", "minres"])
-def test_a_start_that_is_worse_than_nothing_is_dropped(solver):
+def test_a_start_that_is_far_worse_than_nothing_is_dropped(solver):
     """As the last answer is where the right-hand side has nearly vanished since."""
     cold = solve(lambda v: POSITIVE @ v, B, solver=solver, steps=2, tolerance=0.0)
     for start in (torch.full_like(B, 1e6), torch.full_like(B, math.inf)):

@@ -160,12 +160,12 @@ def gmres(
 
 
 def _begin(a: Product, b: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to begin, with its residual: at q, unless 0 is nearer, as it is where b has become small since q."""
+    """Where to begin, with its residual: at q, unless that is far worse than 0, as where b nearly vanished since."""
     if not bool(q.any()):
         return q, b.clone()
     r = b - a(q)
-    nearer = r.norm() <= b.norm()  # not so where q is not finite
-    return torch.where(nearer, q, 0), torch.where(nearer, r, b)
+    near = r.norm() <= 10 * b.norm()  # not so where q is not finite
+    return torch.where(near, q, 0), torch.where(near, r, b)
 
 
 def _root(square: Tensor) -> Tensor:
