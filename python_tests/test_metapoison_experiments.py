@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ def flat(num_classes: int) -> nn.Module:
 def command(tmp_path, monkeypatch):
     """A preset's command line for tiny settings, as a function of its name; and the results file."""
     tiny = {"model": f"{__name__}:flat", "surrogates": 2, "steps": 5, "epochs": 2, "lr": 0.01}
-    monkeypatch.setattr(module, "_SMALL", {**module._SMALL, **tiny})
-    monkeypatch.setattr(module, "_SMALL_IMAGES", 200)
+    settings = {**module.SCALES["small"].settings, **tiny}
+    monkeypatch.setitem(module.SCALES, "small", replace(module.SCALES["small"], train_images=200, settings=settings))
     rng = np.random.default_rng(0)
     y_test = np.arange(80) % 10
     y_test[[8, 29, 42]] = [3, 6, 5]
@@ -37,7 +38,10 @@ def command(tmp_path, monkeypatch):
     np.savez(tmp_path / "cifar10.npz", **arrays)
     common = ["--small", "--data", str(tmp_path / "cifar10.npz"), "--victims", "2", "--device", "cpu"]
     common += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")]
-    return lambda name: ["reproduce", name, *common], tmp_path / "results.json", tmp_path / "work"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes: the last bits of a training depend on it
+    yield lambda name: ["reproduce", name, *common], tmp_path / "results.json", tmp_path / "work"
+    torch.set_num_threads(threads)
 
 
 def test_every_figure_from_end_to_end(command, capsys, monkeypatch):
@@ -89,14 +93,33 @@ def test_a_figure_by_two_processes(command, tmp_path):
 def test_other_settings_are_refused(command, capsys, monkeypatch):
     line, _, work = command
     assert main(line("metapoison-fig3")) == 0
-    monkeypatch.setattr(module, "_SMALL", {**module._SMALL, "surrogates": 3})
+    small = module.SCALES["small"]
+    monkeypatch.setitem(module.SCALES, "small", replace(small, settings={**small.settings, "surrogates": 3}))
     assert main(line("metapoison-fig3")) == 2
     assert "was crafted with other settings; delete it" in capsys.readouterr().err
     given = line("metapoison-fig3")
     assert main([part.replace("cifar10.npz", "other.npz") for part in given]) == 2
     assert "--data must be cifar10" in capsys.readouterr().err
     assert main([*given, "--victims", "0"]) == 2
+    assert main([*given, "--medium"]) == 2 and "not both" in capsys.readouterr().err
     assert Path(work / "metapoison-small-cat8-bird.png").exists()
+
+
+def test_medium_has_the_authors_counts(tmp_path):
+    """What `--medium` says of itself, and the first test image of its class, which is not the poison class."""
+    arrays = {"x_train": np.zeros((12_000, 32, 32, 3), np.uint8), "y_train": np.arange(12_000) % 9}
+    arrays |= {
+        "x_test": np.zeros((20, 32, 32, 3), np.uint8),
+        "y_test": np.array([*range(5), *range(6, 10), 0, 1, 2, 5] + [0] * 7),
+    }
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    lab = module.MetaWhere(medium=True, data=str(tmp_path / "cifar10.npz"), work=str(tmp_path / "work")).lab()
+    ((target, own, poison),) = lab.scale.pairs
+    attack = lab.attack(lab.scale.pairs[0])
+    assert (attack.surrogates, attack.steps, attack.unroll, attack.budget) == (24, 60, 2, 0.1)
+    assert attack.ball.epsilon == 16 / 255 and attack.model == "convnet" and len(lab.data.x_train) == 10_000
+    assert len(attack.chosen(lab.data)[0]) == 1000 and own != poison
+    assert lab.data.y_test.tolist().index(lab.data.class_index(own)) == target
 
 
 def test_the_principal_plane():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pacd_fast.data import Dataset, as_float
 from pacd_fast.experiments import plots
-from pacd_fast.experiments.metapoison_lab import SEVERAL, THIRD, TRANSFER, MetaLab
+from pacd_fast.experiments.metapoison_lab import TRANSFER, MetaLab
 from pacd_fast.poisoning import MetaPoison, Poison, noise_beside, summarize_victims, watermark_beside
 from pacd_fast.randomness import Purpose, mix, seeded
 from pacd_fast.tables import markdown, mean_and_deviation
@@ -55,7 +55,7 @@ def figure4(lab: MetaLab) -> Report:
     rows: list[dict[str, Any]] = []
     panels: list[plots.Panel] = []
     pooled: dict[str, list[dict[str, Any]]] = {}
-    for pair in lab.pairs:
+    for pair in lab.scale.pairs:
         attack = lab.attack(pair)
         began = time.perf_counter()
         poison = lab.poison(_name(pair), attack)
@@ -102,13 +102,13 @@ def figure4(lab: MetaLab) -> Report:
 
 def figure3(lab: MetaLab) -> Report:
     """Figure 3: the surrogates' target loss while crafting, and that of victims on the poison as it was then."""
-    pair = lab.pairs[0]
+    pair = lab.scale.pairs[0]
     attack = lab.attack(pair)
     poison, count = lab.poison(_name(pair), attack), min(lab.victims, 4)
     history = poison.settings["history"]
     clean = summarize_victims(lab.judged(None, attack, count=count), attack.adversarial_class)
     steps, judged = [0], [clean]
-    for step in range(lab.every, attack.steps + 1, lab.every):
+    for step in range(lab.scale.every, attack.steps + 1, lab.scale.every):
         found = lab.judged(Poison.load(lab.snapshot(_name(pair), step)), attack, count=count)
         steps.append(step)
         judged.append(summarize_victims(found, attack.adversarial_class))
@@ -145,7 +145,7 @@ def figure5a(lab: MetaLab) -> Report:
     rows: list[dict[str, Any]] = []
     lines = {}
     budgets = (0.01, 0.03, 0.05, 0.1)
-    for pair in lab.pairs[:1] if lab.small else lab.pairs[:2]:
+    for pair in lab.scale.pairs[: 1 if lab.size == "small" else 2]:
         rates, usual = [], lab.attack(pair).budget
         for budget in budgets:
             attack = lab.attack(pair, budget=budget)
@@ -162,7 +162,7 @@ def figure5b(lab: MetaLab) -> Report:
     """Figure 5b: victims that are trained otherwise than the surrogates."""
     rows: list[dict[str, Any]] = []
     lines = {}
-    for pair in lab.pairs[:2]:
+    for pair in lab.scale.pairs[:2]:
         attack = lab.attack(pair)
         poison, rates = lab.poison(_name(pair), attack), []
         for name, changes in TRANSFER.items():
@@ -180,8 +180,8 @@ def figure5b(lab: MetaLab) -> Report:
 
 def figure6(lab: MetaLab) -> Report:
     """Figure 6: weight trajectories, distances in feature space, and the kinds of attack."""
-    pair = lab.pairs[0]
-    attack, third = lab.attack(pair), THIRD[lab.size]
+    pair = lab.scale.pairs[0]
+    attack, third = lab.attack(pair), lab.scale.third
     of_third = dataclasses.replace(attack, poison_class=lab.data.class_index(third))
     kinds = {
         "default": (_name(pair), pair[2], attack),
@@ -189,7 +189,7 @@ def figure6(lab: MetaLab) -> Report:
         "multi-target": (
             f"{_name(pair)}-multi",
             pair[2],
-            dataclasses.replace(attack, target_index=SEVERAL[lab.size]),
+            dataclasses.replace(attack, target_index=lab.scale.several),
         ),
     }
     rows: list[dict[str, Any]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,45 @@ from pacd_fast.experiments import plots
 from pacd_fast.poisoning import MetaPoison, Poison, Victim, VictimRecipe, judge_victims, metapoison
 from pacd_fast.ranks import Ranks
 
-# Pairs (test image, its class, poison class).  Small: of the classes with 500 of the 5 000 images, networks know birds
-# worst (37 % of them right), so perturbing them costs the least accuracy.  The images are the first, each of another
-# class, of which sixteen clean victims (seeds 0 to 7, 100 to 107) say: most are right, none sees a bird, which is the
-# next likely of these classes.  Full: the first image of its class.
-SMALL_PAIRS = ((8, "cat", "bird"), (29, "frog", "bird"), (42, "dog", "bird"))
-FULL_PAIRS = ((12, "dog", "bird"), (13, "horse", "deer"), (4, "frog", "airplane"), (3, "airplane", "frog"))
 
-_SMALL_IMAGES = 5000
-# More steps succeed more often and cost more accuracy: 10 % are nearly all images of a class here.
-_SMALL: dict[str, Any] = {
-    "model": "convnet", "surrogates": 8, "unroll": 1, "steps": 4, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8),
+@dataclass(frozen=True)
+class MetaScale:
+    """How large the figures are.
+
+    pairs: (test image, its class, poison class); every: crafting steps between two snapshots; settings: what the attack
+    has otherwise than the authors; third: the class that is perturbed in the third-party attack; several: the targets
+    of the multi-target attack.
+    """
+
+    pairs: tuple[tuple[int, str, str], ...]
+    train_images: int | None
+    every: int
+    settings: Mapping[str, Any]
+    third: str
+    several: tuple[int, ...]
+
+
+# Full: the first test image of its class.  Medium: the first of these pairs, and the authors' counts.  Small: of the
+# classes with 500 of the 5 000 images, networks know birds worst (37 % of them right), so perturbing them costs the
+# least accuracy.  The images are the first, each of another class, of which sixteen clean victims (seeds 0 to 7, 100 to
+# 107) say: most are right, none sees a bird, which is the next likely of these classes.  More steps succeed more often
+# and cost more accuracy: 10 % are nearly all images of a class here.
+SCALES = {
+    "small": MetaScale(
+        ((8, "cat", "bird"), (29, "frog", "bird"), (42, "dog", "bird")), 5000, 1,
+        {"model": "convnet", "surrogates": 8, "unroll": 1, "steps": 4, "epochs": 12, "lr": 0.03, "drops": (0.6, 0.8)},
+        "deer", (8, 29),
+    ),
+    "medium": MetaScale(
+        ((12, "dog", "bird"),), 10_000, 10,
+        {"model": "convnet", "epochs": 30, "lr": 0.03, "drops": (0.6, 0.8)},
+        "ship", (12, 16),
+    ),
+    "full": MetaScale(
+        ((12, "dog", "bird"), (13, "horse", "deer"), (4, "frog", "airplane"), (3, "airplane", "frog")), None, 10,
+        {}, "ship", (12, 16),
+    ),
 }  # fmt: skip
-
-# The class that is perturbed in the third-party attack; the targets of the multi-target attack.
-THIRD = {"small": "deer", "full": "ship"}
-SEVERAL = {"small": (8, 29), "full": (12, 16)}
 
 # How victims are trained otherwise than the surrogates (section 3.5, figure 5b); the rate is a factor.
 TRANSFER: dict[str, dict[str, Any]] = {
@@ -45,6 +69,7 @@ class MetaWhere:
     """What every figure of MetaPoison is asked: the data, the scale, the device, the folders."""
 
     small: bool = option(False, "convnet, 5 000 images: at most 30 minutes on 2 CPU cores")
+    medium: bool = option(False, "convnet, 10 000 images, the authors' counts, one pair: hours on 2 CPU cores")
     data: str = option("cifar10", "cifar10, or the path of an .npz file called cifar10.npz")
     data_dir: str | None = option(None, "where the data lie, in torchvision's layout")
     victims: int = option(8, "per poison")
@@ -57,14 +82,16 @@ class MetaWhere:
         if Path(self.data).stem != "cifar10":  # a file of another name would silently get another normalisation
             raise ValueError(f"--data must be cifar10, or an .npz file that is called cifar10.npz, not {self.data}")
         at_least("--victims", self.victims, 1)
+        if self.small and self.medium:
+            raise ValueError("give --small or --medium, not both")
 
     def lab(self) -> MetaLab:
         """The data loaded, the folder made."""
-        train_images = _SMALL_IMAGES if self.small else None
-        data = load_dataset(self.data, data_dir=self.data_dir, train_images=train_images)
+        size = "small" if self.small else "medium" if self.medium else "full"
+        data = load_dataset(self.data, data_dir=self.data_dir, train_images=SCALES[size].train_images)
         work = Path(self.work)
         work.mkdir(parents=True, exist_ok=True)
-        return MetaLab(data, work, self.small, self.victims, self.seed, self.device, Ranks.of_torchrun())
+        return MetaLab(data, work, size, self.victims, self.seed, self.device, Ranks.of_torchrun())
 
 
 @dataclass(frozen=True)
@@ -73,24 +100,15 @@ class MetaLab:
 
     data: Dataset
     work: Path
-    small: bool
+    size: str
     victims: int
     seed: int
     device: str
     ranks: Ranks
 
     @property
-    def size(self) -> str:
-        return "small" if self.small else "full"
-
-    @property
-    def pairs(self) -> tuple[tuple[int, str, str], ...]:
-        return SMALL_PAIRS if self.small else FULL_PAIRS
-
-    @property
-    def every(self) -> int:
-        """Crafting steps between two snapshots."""
-        return 1 if self.small else 10
+    def scale(self) -> MetaScale:
+        return SCALES[self.size]
 
     def path(self, name: str) -> Path:
         return self.work / f"metapoison-{self.size}-{name}"
@@ -104,7 +122,7 @@ class MetaLab:
         target, _, poison_class = pair
         number = self.data.class_index(poison_class)
         settings = {"poison_class": number, "adversarial_class": number, "target_index": (target,), "seed": self.seed}
-        return MetaPoison(**{**(_SMALL if self.small else {}), **settings, **changes})
+        return MetaPoison(**{**self.scale.settings, **settings, **changes})
 
     def poison(self, name: str, attack: MetaPoison) -> Poison:
         """Crafted poison, with snapshots on the way beside it; read where it is there already."""
@@ -117,7 +135,7 @@ class MetaLab:
         partial = path.with_suffix(".partial")
 
         def keep(step: int, poison: Poison) -> None:
-            if (step + 1) % self.every == 0:
+            if (step + 1) % self.scale.every == 0:
                 poison.save(self.snapshot(name, step + 1))
 
         print(f"crafting {path.stem}", file=sys.stderr, flush=True)
@@ -140,7 +158,7 @@ class MetaLab:
 
         Those on clean data are trained once and asked for the targets of all pairs.
         """
-        targets = attack.target_index if poison is not None else tuple(target for target, _, _ in self.pairs)
+        targets = attack.target_index if poison is not None else tuple(target for target, _, _ in self.scale.pairs)
         settings = attack.settings()
         names = [field.name for field in dataclasses.fields(VictimRecipe) if field.name in settings]
         count = changes.pop("count", None) or self.victims
