@@ -44,6 +44,7 @@ class Scale:
     others_n: int = option(10_000, "estimation samples for each of them")
     attacked: int = option(0, "images for the PGD distortion")
     macer_k: int = option(16, "copies of MACER's victims")
+    train_dtype: str = option("float32", "of the victims' passes in training", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:
         for name in ("poisons", "seeds", "baseline_seeds", "epochs", "count", "n"):
@@ -182,7 +183,7 @@ class Lab:
         given: dict[str, Any] = {} if sigma is None else {"sigma": sigma}
         if method == "macer":
             given["k"] = self.scale.macer_k
-        return Training(method, given, **{"epochs": self.scale.epochs, **changes})
+        return Training(method, given, **{"epochs": self.scale.epochs, "dtype": self.scale.train_dtype, **changes})
 
     def audit(
         self, folder: str, training: Training, sigma: float, target_class: int, poisons: Mapping[str, Path],
@@ -202,11 +203,13 @@ class Lab:
             dtype=self.where.dtype,
         )
         settings = dataclasses.replace(settings, **changes)
-        work = self.work / f"{self.label}-{folder}-epochs{training.epochs}"
+        half = "" if training.dtype == "float32" else f"-{training.dtype}"
+        work = self.work / f"{self.label}-{folder}-epochs{training.epochs}{half}"
         files = {path.stem: Poison.load(path) for path in poisons.values()}
         self.say(
             "audit", "--poison", *poisons.values(), "--method", training.method, "--seeds", settings.seeds,
-            "--epochs", training.epochs, "--count", settings.images, "--n", settings.n, "--work", work,
+            "--epochs", training.epochs, "--train-dtype", training.dtype, "--count", settings.images,
+            "--n", settings.n, "--work", work,
         )  # fmt: skip
         found = audit(self.data, files, settings, work, device=self.where.device, progress=True, ranks=self.ranks)
         names = {path.stem: name for name, path in poisons.items()}
@@ -220,6 +223,7 @@ class Lab:
         victims = sum(len(each.acr) for each in poisons) or self.scale.seeds
         row = {"data": self.label, **row, "victims": victims, "epochs": self.scale.epochs}
         row |= {"n": self.scale.n, "images": self.scale.count}
+        row |= {} if self.scale.train_dtype == "float32" else {"trained in": self.scale.train_dtype}
         if (both := spread([each.acr for each in poisons])) is not None:
             row["sd of poisons, victims"] = f"{both[0]:.3f}, {both[1]:.3f}"
         key = ["data", *key, "epochs", "n", "images"]
