@@ -121,7 +121,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "fig7", "deeper victims; the paper's are of --data cifar10", pacd_figures.figure7,
         craft_epochs=20, epochs=8, count=30, others=0, train_dtype="bfloat16",
     ),
-    "d6": _pacd("d6", "single test images, by poison in 1 % of the data", pacd_tables.single_targets),
+    "d6": _pacd("d6", "single test images, by poison in 1 % of the data", pacd_tables.single_targets, n=100_000),
     **{
         name: Experiment(f"label-flip certificates: {each.title}", FlipsWhere, flips(name))
         for name, each in FIGURES.items()

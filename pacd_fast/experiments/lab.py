@@ -221,8 +221,9 @@ class Lab:
         poisons: the audits of the row's poisons, for how much of the spread is theirs and how much their victims'.
         """
         victims = sum(len(each.acr) for each in poisons) or self.scale.seeds
+        images = row.pop("images", self.scale.count)
         row = {"data": self.label, **row, "victims": victims, "epochs": self.scale.epochs}
-        row |= {"n": self.scale.n, "images": self.scale.count}
+        row |= {"n": self.scale.n, "images": images}
         row |= {} if self.scale.train_dtype == "float32" else {"trained in": self.scale.train_dtype}
         if (both := spread([each.acr for each in poisons])) is not None:
             row["sd of poisons, victims"] = f"{both[0]:.3f}, {both[1]:.3f}"
