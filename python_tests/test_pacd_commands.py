@@ -154,7 +154,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         claim["preset"] == name and claim["verdict"] in ("holds", "does not hold here") or "in part" in claim["verdict"]
     )
     (rows,) = [each["rows"] for each in table.values()]
-    assert all(row["data"] == "mnist5k" and row["n"] == 1000 for row in rows)
+    assert all(row["data"] == "mnist5k" and row["n"] == (100_000 if name == "d6" else 1000) for row in rows)
     assert printed.out.count("| mnist5k") == len(rows)  # the table is printed as it goes into the page of figures
     assert (tmp_path / "w" / f"mnist5k-{name}.png").stat().st_size > 5000
     assert {attack.seed for attack in crafted} == ({0} if name == "fig4" else {0, 1}) and audited
@@ -167,6 +167,13 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     if name == "fig4":  # what its own small scale says
         assert all(row["epochs"] == 20 for row in rows) and all(s.training.epochs == 20 for s, _ in audited)
         assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice
+    half = name in ("fig4", "fig7")
+    assert {s.training.dtype for s, _ in audited} == {"bfloat16" if half else "float32"}
+    assert {row.get("trained in") for row in rows} == {"bfloat16" if half else None}
+    if name == "fig7":
+        assert {s.training.model for s, _ in audited} == {"resnet20", "resnet56"}
+    if name == "d6":  # single digits saturate at a beta of 16
+        assert {a.upper.beta for a in crafted} == {1.0} and {row["images"] for row in rows} == {1}
     before = len(crafted)
     assert main(options) == 0 and len(crafted) == before  # poison is kept
     assert main([*options, "--craft-epochs", "2"]) == 0  # other poison, under another name
