@@ -106,20 +106,16 @@ def test_other_settings_are_refused(command, capsys, monkeypatch):
 
 
 def test_medium_has_the_authors_counts(tmp_path):
-    """What `--medium` says of itself, and the first test image of its class, which is not the poison class."""
+    """What `--medium` says of itself."""
     arrays = {"x_train": np.zeros((12_000, 32, 32, 3), np.uint8), "y_train": np.arange(12_000) % 9}
-    arrays |= {
-        "x_test": np.zeros((20, 32, 32, 3), np.uint8),
-        "y_test": np.array([*range(5), *range(6, 10), 0, 1, 2, 5] + [0] * 7),
-    }
+    arrays |= {"x_test": np.zeros((20, 32, 32, 3), np.uint8), "y_test": (np.arange(20) + 3) % 10}
     np.savez(tmp_path / "cifar10.npz", **arrays)
     lab = module.MetaWhere(medium=True, data=str(tmp_path / "cifar10.npz"), work=str(tmp_path / "work")).lab()
-    ((target, own, poison),) = lab.scale.pairs
-    attack = lab.attack(lab.scale.pairs[0])
+    (pair,) = lab.scale.pairs
+    attack = lab.attack(pair)
     assert (attack.surrogates, attack.steps, attack.unroll, attack.budget) == (24, 60, 2, 0.1)
     assert attack.ball.epsilon == 16 / 255 and attack.model == "convnet" and len(lab.data.x_train) == 10_000
-    assert len(attack.chosen(lab.data)[0]) == 1000 and own != poison
-    assert lab.data.y_test.tolist().index(lab.data.class_index(own)) == target
+    assert len(attack.chosen(lab.data)[0]) == 1000
 
 
 def test_the_principal_plane():

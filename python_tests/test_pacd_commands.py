@@ -169,9 +169,12 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice
     half = name in ("fig4", "fig7")
     assert {s.training.dtype for s, _ in audited} == {"bfloat16" if half else "float32"}
-    assert {row.get("trained in") for row in rows} == {"bfloat16" if half else None}
+    assert {row["trained in"] for row in rows} == {"bfloat16" if half else "float32"}
     if name == "fig7":
         assert {s.training.model for s, _ in audited} == {"resnet20", "resnet56"}
+        assert main([*options, "--train-dtype", "float32"]) == 0  # rows of their own
+        both = json.loads((tmp_path / "r.json").read_text())["PACD figure 7"]["rows"]
+        assert [row["trained in"] for row in both].count("float32") == len(both) / 2 == 2
     if name == "d6":  # single digits saturate at a beta of 16
         assert {a.upper.beta for a in crafted} == {1.0} and {row["images"] for row in rows} == {1}
     before = len(crafted)

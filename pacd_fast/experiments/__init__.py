@@ -45,8 +45,8 @@ class Experiment:
 
 
 def _pacd(name: str, title: str, function: Callable[[Lab], None], **smaller: Any) -> Experiment:
-    """An experiment on poison of a class; smaller: what `--small` changes of SMALL, to take 20 minutes
-    at most (no others where no radius of theirs is shown)."""
+    """An experiment on poison of a class; smaller: what `--small` changes of SMALL, to take about 20
+    minutes (no others where no radius of theirs is shown)."""
 
     def run(where: Where, scale: Scale) -> None:
         lab = Lab(name, where, scale, ranks=Ranks.of_torchrun())

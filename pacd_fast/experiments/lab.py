@@ -61,7 +61,7 @@ class Where:
 
     data: str = option("mnist", "mnist, cifar10, or cifar10.npz")
     data_dir: str | None = option(None, "where the data lie, in torchvision's layout")
-    small: bool = option(False, "two CPU cores, 20 minutes; without --data-dir the embedded digits")
+    small: bool = option(False, "two CPU cores, about 20 minutes; without --data-dir the embedded digits")
     sigma: tuple[float, ...] | None = option(None, "of tables 2 to 5; by default the paper's")
     dtype: str = option("float32", "of certification", choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
@@ -223,11 +223,10 @@ class Lab:
         victims = sum(len(each.acr) for each in poisons) or self.scale.seeds
         images = row.pop("images", self.scale.count)
         row = {"data": self.label, **row, "victims": victims, "epochs": self.scale.epochs}
-        row |= {"n": self.scale.n, "images": images}
-        row |= {} if self.scale.train_dtype == "float32" else {"trained in": self.scale.train_dtype}
+        row |= {"n": self.scale.n, "images": images, "trained in": self.scale.train_dtype}
         if (both := spread([each.acr for each in poisons])) is not None:
             row["sd of poisons, victims"] = f"{both[0]:.3f}, {both[1]:.3f}"
-        key = ["data", *key, "epochs", "n", "images"]
+        key = ["data", *key, "epochs", "n", "images", "trained in"]
         if not add_row(self.results, table, key, row, self.where.device, most="victims"):
             print(f"{self.results} keeps its row, which has more victims", file=sys.stderr)
         self.rows.setdefault(table, []).append(row)

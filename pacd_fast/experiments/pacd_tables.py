@@ -187,7 +187,7 @@ def single_targets(lab: Lab) -> None:
     cifar = lab.data_name == "cifar10"
     target = 2 if cifar else TARGET
     images = random_subset(lab.data.y_test, target, 2 if lab.where.small else 5, 0).tolist()
-    sigma, epsilon = (0.25, 0.06) if cifar else (0.5, 0.2)
+    sigma, epsilon, beta = (0.25, 0.06, 16.0) if cifar else (0.5, 0.2, 1.0)
     clean: list[Audited] = []
     poisoned: list[Audited] = []
     recipe = {"upper_batch": 1, **({"poison_batch": 20} if lab.where.small else {})}
@@ -196,8 +196,8 @@ def single_targets(lab: Lab) -> None:
             "gaussian", target, hyperparameters={"sigma": sigma}, recipe=recipe, ball=Ball(epsilon),
             targets=(image,), fraction=0.01,
         )  # fmt: skip
-        attack = attack if cifar else dataclasses.replace(attack, upper=Radius(sigma, beta=1.0))
-        poisons = lab.crafted(f"target{image}" if cifar else f"target{image}-beta1", attack)
+        attack = dataclasses.replace(attack, upper=Radius(sigma, lab.preset.copies, beta))
+        poisons = lab.crafted(f"target{image}-beta{beta:g}", attack)
         found = lab.audit(
             f"d6-target{image}", lab.training("gaussian", sigma), sigma, target, poisons,
             seeds=min(3, lab.scale.seeds), others=0, indices=(image,),
