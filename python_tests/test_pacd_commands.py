@@ -187,6 +187,34 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     assert "--data must be mnist, cifar10" in capsys.readouterr().err
 
 
+def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):
+    """What `--medium` is: 10 000 images, six epochs of crafting at the paper's smallest sigma, victims in bfloat16."""
+    crafted, audited = stubs
+    images = np.zeros((16_000, 32, 32, 3), np.uint8)
+    arrays = {"x_train": images, "y_train": np.arange(16_000) % 10}
+    arrays |= {"x_test": images[:400], "y_test": np.arange(400) % 10}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    shared = ["--medium", "--work", str(tmp_path / "w"), "--data", str(tmp_path / "cifar10.npz")]
+    assert main(["reproduce", "table2", *shared]) == 0
+    (attack,) = crafted
+    assert attack.recipe.epochs == 6 and attack.sigma == 0.25 and attack.model == "resnet20"
+    assert attack.ball.epsilon == 0.03 and attack.loss.sigma == 0.25
+    for settings, folder in audited:
+        assert settings.training.epochs == 30 and settings.training.dtype == "bfloat16"
+        assert folder == "cifar10-10000-gaussian-0.25-epochs30-bfloat16" and (settings.images, settings.n) == (40, 1000)
+    assert sorted(settings.seeds for settings, _ in audited) == [1, 3]
+    rows = json.loads((tmp_path / "w" / "results.json").read_text())["PACD table 2"]["rows"]
+    assert {row["data"] for row in rows} == {"cifar10-10000"} and {row["sigma"] for row in rows} == {0.25}
+    wrong = [
+        (["table2", *shared, "--small"], "give --small or --medium, not both"),
+        (["table3", *shared], "table3 has no --medium: give --small, or neither"),
+        (["table2", *shared[:-1], "mnist"], "--medium is of CIFAR-10: give --data cifar10"),
+    ]
+    for arguments, message in wrong:
+        assert main(["reproduce", *arguments]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_table_6_prints_the_analysis_beside_the_attack(tmp_path, capsys):
     options = ["reproduce", "table6", "--n", "100", "--work", str(tmp_path)]

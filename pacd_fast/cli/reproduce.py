@@ -23,13 +23,13 @@ def add_commands(add: Any) -> None:
         sub = presets.add_parser(name, help=text, description=text, formatter_class=Help)
         add_fields(sub, experiment.settings, defaults=experiment.defaults)
         if experiment.scales is not None:
-            full, small = experiment.scales
+            full, *others = experiment.scales.items()
             texts = {
-                field.name: f"{field.metadata['help']}; by default {getattr(full, field.name)}, small "
-                f"{getattr(small, field.name)}"
-                for field in dataclasses.fields(full)
+                field.name: f"{field.metadata['help']}; by default {getattr(full[1], field.name)}"
+                + "".join(f", {size} {getattr(scale, field.name)}" for size, scale in others)
+                for field in dataclasses.fields(full[1])
             }
-            add_fields(sub, type(full), optional=True, texts=texts)
+            add_fields(sub, type(full[1]), optional=True, texts=texts)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,7 +56,8 @@ def _run(options: argparse.Namespace, experiment: Experiment, settings: Any) -> 
         if experiment.scales is None:
             experiment.run(settings)
         else:
-            scale = experiment.scales[1 if settings.small else 0]
+            if (scale := experiment.scales.get(settings.size)) is None:
+                raise ValueError(f"{options.preset} has no --{settings.size}: give --small, or neither")
             experiment.run(settings, dataclasses.replace(scale, **given(type(scale), options)))
     except AnotherRun as error:
         raise ValueError(f"{error}; or give another --work") from error

@@ -17,7 +17,7 @@ from typing import Any
 from pacd_fast.experiments import metapoison_figures, pacd_figures, pacd_tables
 from pacd_fast.experiments.clean_victims import CleanVictims, clean_victims
 from pacd_fast.experiments.flips import FIGURES, FlipsWhere, flips
-from pacd_fast.experiments.lab import FULL, SMALL, Lab, Scale, Where
+from pacd_fast.experiments.lab import FULL, MEDIUM, SMALL, Lab, Scale, Where
 from pacd_fast.experiments.metapoison_lab import MetaWhere
 from pacd_fast.experiments.record import add_row, machine, write_table
 from pacd_fast.ranks import Ranks
@@ -32,19 +32,21 @@ class Experiment:
     Attributes:
         settings: a dataclass whose fields are the command's flags.
         run: takes the settings and, where there is one, the scale.
-        scales: the full and the small scale; their fields are flags too.
+        scales: by size, "full" among them; their fields are flags too.
         shared: whether torchrun's processes share its victims.
     """
 
     title: str
     settings: type
     run: Callable[..., None]
-    scales: tuple[Scale, Scale] | None = None
+    scales: Mapping[str, Scale] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: bool = False
 
 
-def _pacd(name: str, title: str, function: Callable[[Lab], None], **smaller: Any) -> Experiment:
+def _pacd(
+    name: str, title: str, function: Callable[[Lab], None], medium: Scale | None = None, **smaller: Any
+) -> Experiment:
     """An experiment on poison of a class; smaller: what `--small` changes of SMALL, to take about 20
     minutes (no others where no radius of theirs is shown)."""
 
@@ -53,7 +55,9 @@ def _pacd(name: str, title: str, function: Callable[[Lab], None], **smaller: Any
         function(lab)
         lab.finish()
 
-    scales = FULL, dataclasses.replace(SMALL, **smaller)
+    scales = {"full": FULL, "small": dataclasses.replace(SMALL, **smaller)}
+    if medium is not None:
+        scales["medium"] = medium
     return Experiment(f"{title} (Mehra et al. 2021)", Where, run, scales, shared=True)
 
 
@@ -92,7 +96,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         epochs=30, count=10, others=0,
     ),
     "table2": _pacd(
-        "table2", "poison against Gaussian augmentation: ACR, ACA", pacd_tables.radius_table("gaussian", 2)
+        "table2", "poison against Gaussian augmentation: ACR, ACA", pacd_tables.radius_table("gaussian", 2), MEDIUM
     ),
     "table3": _pacd(
         "table3", "poison against MACER: ACR, ACA", pacd_tables.radius_table("macer", 3),

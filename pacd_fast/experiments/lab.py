@@ -30,7 +30,7 @@ from pacd_fast.training import Training
 
 @dataclass(frozen=True)
 class Scale:
-    """How large an experiment is; `small` ones keep 5 000 training images."""
+    """How large an experiment is."""
 
     poisons: int = option(1, "poisons of a setting, crafted with seeds 0 and up")
     seeds: int = option(5, "victims of a poison")
@@ -53,6 +53,14 @@ class Scale:
 
 FULL = Scale()
 SMALL = Scale(2, 3, 3, 40, 30, 5000, 100, 1000, 90, 1000, 0, 4)
+MEDIUM = Scale(1, 3, 1, 30, 6, 10_000, 100, 1000, 90, 1000, 0, 4, "bfloat16")
+
+
+def size_of(small: bool, medium: bool) -> str:
+    """small, medium or full.  Raises ValueError where both are asked for."""
+    if small and medium:
+        raise ValueError("give --small or --medium, not both")
+    return "small" if small else "medium" if medium else "full"
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Where:
     data: str = option("mnist", "mnist, cifar10, or cifar10.npz")
     data_dir: str | None = option(None, "where the data lie, in torchvision's layout")
     small: bool = option(False, "two CPU cores, about 20 minutes; without --data-dir the embedded digits")
+    medium: bool = option(False, "table2 of CIFAR-10 on 10 000 images: hours on two CPU cores")
     sigma: tuple[float, ...] | None = option(None, "of tables 2 to 5; by default the paper's")
     dtype: str = option("float32", "of certification", choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
@@ -71,6 +80,14 @@ class Where:
     def __post_init__(self) -> None:
         if Path(self.data).stem not in ("mnist", "cifar10"):  # other data would silently get other settings
             raise ValueError(f"--data must be mnist, cifar10, or an .npz file of that name, not {self.data}")
+        if self.size == "medium" and Path(self.data).stem != "cifar10":
+            raise ValueError(
+                f"--medium is of CIFAR-10: give --data cifar10 or an .npz file of that name, not {self.data}"
+            )
+
+    @property
+    def size(self) -> str:
+        return size_of(self.small, self.medium)
 
 
 @dataclass
@@ -125,7 +142,7 @@ class Lab:
     @property
     def sigmas(self) -> tuple[float, ...]:
         every = (0.25, 0.5) if self.data_name == "cifar10" else (0.25, 0.5, 0.75)
-        return self.where.sigma or ((0.5,) if self.where.small else every)
+        return self.where.sigma or {"small": (0.5,), "medium": every[:1], "full": every}[self.where.size]
 
     @property
     def preset(self) -> Preset:

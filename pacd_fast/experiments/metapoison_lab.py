@@ -12,6 +12,7 @@ from typing import Any
 from pacd_fast.arguments import at_least, option
 from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments import plots
+from pacd_fast.experiments.lab import size_of
 from pacd_fast.poisoning import MetaPoison, Poison, Victim, VictimRecipe, judge_victims, metapoison
 from pacd_fast.ranks import Ranks
 
@@ -82,12 +83,11 @@ class MetaWhere:
         if Path(self.data).stem != "cifar10":  # a file of another name would silently get another normalisation
             raise ValueError(f"--data must be cifar10, or an .npz file that is called cifar10.npz, not {self.data}")
         at_least("--victims", self.victims, 1)
-        if self.small and self.medium:
-            raise ValueError("give --small or --medium, not both")
+        size_of(self.small, self.medium)
 
     def lab(self) -> MetaLab:
         """The data loaded, the folder made."""
-        size = "small" if self.small else "medium" if self.medium else "full"
+        size = size_of(self.small, self.medium)
         data = load_dataset(self.data, data_dir=self.data_dir, train_images=SCALES[size].train_images)
         work = Path(self.work)
         work.mkdir(parents=True, exist_ok=True)
