@@ -77,7 +77,8 @@ def renew(results: dict[str, Any]) -> None:
 
 def shown(result: dict[str, Any]) -> str:
     """A table of the results file as it stands in a page."""
-    return f"{markdown(result['rows'])}\n\n{result['machine']}, torch {result['torch']}, {result['date']}"
+    made = f"{result['machine']}, torch {result['torch']}, {result['date']}"
+    return f"{markdown(result['rows'])}\n\n{made}" + (f", at {result['commit']}" if "commit" in result else "")
 
 
 def split_at(text: str, mark: str, occurrence: int) -> tuple[str, str]:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from test_pacd import TINY, digits  # noqa: F401
 
+from pacd_fast.certification import read_results
 from pacd_fast.cli import main
 from pacd_fast.experiments import EXPERIMENTS, lab, plots
-from pacd_fast.poisoning import Audited, Ball, Poison, watermark
+from pacd_fast.poisoning import Audit, Audited, Ball, Poison, audit, watermark
+from pacd_fast.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,7 @@ def stubs(monkeypatch):
 
     monkeypatch.setattr(lab, "pacd", fake_pacd)
     monkeypatch.setattr(lab, "audit", fake_audit)
+    monkeypatch.setattr(lab.Audit, "seconds", lambda *where: 600.0)
     return crafted, audited
 
 
@@ -163,6 +166,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         assert by_name["poison"]["ACR"] == "0.500±0.014" and by_name["poison"]["ACR falls by"] == "50.5%"
         assert by_name["poison"]["victims"] == 6 and by_name["poison"]["sd of poisons, victims"] == "0.013, 0.010"
         assert all(row["epochs"] == 40 for row in rows) and claim["verdict"] == "holds"
+        assert claim["minutes"] == "50"  # clean, watermark, noise, two poisons: once each
         assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "0.5%"
     if name == "fig4":  # what its own small scale says
         assert all(row["epochs"] == 20 for row in rows) and all(s.training.epochs == 20 for s, _ in audited)
@@ -185,6 +189,21 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     assert main([*options, "--seeds", "0"]) == 2 and "seeds must be at least 1" in capsys.readouterr().err
     assert main([*options[:-1], "fashion-mnist"]) == 2
     assert "--data must be mnist, cifar10" in capsys.readouterr().err
+
+
+def test_the_seconds_of_an_audit_are_those_of_its_files(digits, tmp_path):  # noqa: F811
+    settings = Audit(
+        Training("gaussian", {"sigma": 0.4}, model=TINY, epochs=2), 2, 0.4, seeds=2, images=3, n=50, others=0
+    )
+    audit(digits, {}, settings, tmp_path)
+    parts = [
+        [json.loads(line)["seconds"] for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()],
+        [s for path in tmp_path.glob("*.tsv") for s in read_results(path).time],
+    ]
+    assert [len(part) for part in parts] == [4, 6] and all(sum(part) > 0 for part in parts)
+    assert settings.seconds("clean", tmp_path) == pytest.approx(sum(map(sum, parts)))
+    next(tmp_path.glob("*.jsonl")).unlink()
+    assert np.isnan(settings.seconds("clean", tmp_path))
 
 
 def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):

@@ -20,7 +20,7 @@ from typing import Any
 from pacd_fast.arguments import at_least, option
 from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments.claims import spread, verdict
-from pacd_fast.experiments.record import add_row
+from pacd_fast.experiments.record import add_row, commit
 from pacd_fast.files import replaced
 from pacd_fast.poisoning import PRESETS, Audit, Audited, Ball, Pacd, Poison, Preset, audit, pacd, random, watermark
 from pacd_fast.ranks import Ranks
@@ -99,6 +99,7 @@ class Lab:
     scale: Scale
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     ranks: Ranks = field(default_factory=Ranks)
+    seconds: dict[Path, float] = field(default_factory=dict)  # of what was crafted, trained and certified, once each
 
     def __post_init__(self) -> None:
         self.work = Path(self.where.work)
@@ -183,6 +184,7 @@ class Lab:
                 poison.save(out)
                 partial.unlink(missing_ok=True)
         self.ranks.everyones("they are there")
+        self.seconds |= {path: Poison.load(path).settings.get("seconds", 0.0) for path in found.values()}
         return found
 
     def baseline(self, kind: str, target_class: int) -> dict[str, Path]:
@@ -229,6 +231,8 @@ class Lab:
             "--n", settings.n, "--work", work,
         )  # fmt: skip
         found = audit(self.data, files, settings, work, device=self.where.device, progress=True, ranks=self.ranks)
+        if self.ranks.rank == 0:
+            self.seconds |= {work / name: settings.seconds(name, work) for name in found}
         names = {path.stem: name for name, path in poisons.items()}
         return {names.get(stem, stem): each for stem, each in found.items()}
 
@@ -250,9 +254,14 @@ class Lab:
         print(", ".join(f"{name} {value}" for name, value in row.items()), file=sys.stderr, flush=True)
 
     def judge(self, claim: str, ours: str, cells: Mapping[str, bool]) -> None:
-        """Records whether the paper's claim holds, by the rule that was written before."""
+        """Records whether the paper's claim holds, by the rule that was written before, and at which commit.
+
+        And the minutes that crafting, training and certification took on the clock, also for other experiments.
+        """
         row = {"preset": self.name, "data": self.label, "the paper's claim": claim, "here": ours}
-        add_row(self.results, "PACD claims", ["preset", "data"], {**row, "verdict": verdict(cells)}, self.where.device)
+        minutes = f"{sum(self.seconds.values()) / 60:.0f}" if self.seconds else "-"
+        row |= {"verdict": verdict(cells), "commit": commit(), "minutes": minutes}
+        add_row(self.results, "PACD claims", ["preset", "data"], row, self.where.device)
         print(f"{claim}: {ours}; {verdict(cells)}", file=sys.stderr)
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""The file of measured tables: {table: {machine, torch, date, rows}}, and the machine in words."""
+"""The file of measured tables: {table: {machine, torch, date, commit, rows}}; machine and commit in words."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from datetime import date
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,28 @@ def machine(device: str = "cpu") -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
+@cache
+def commit() -> str:
+    """The commit of the checkout that this package lies in, with a + where its code differs from it.
+
+    Elsewhere, installed from a wheel say, its version.
+    """
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        line = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", here.name
+        )  # an environment within another project's checkout is none of ours
+        code = (":/pacd_fast", ":/csrc", ":/cmake", ":/CMakeLists.txt", ":/benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return version("pacd_fast")
+
+
 def _natural(text: str) -> list[str | float]:
     """A key that sorts numbers in a text by their size: 3% before 10%."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
@@ -41,6 +66,7 @@ def write_table(path: str | Path, table: str, rows: Sequence[dict[str, Any]], de
         "machine": machine(device),
         "torch": torch.__version__,
         "date": str(date.today()),
+        "commit": commit(),
         "rows": list(rows),
     }
     with replaced(path) as temporary:

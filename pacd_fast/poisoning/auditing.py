@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,18 @@ class Audit:
         """The file of a victim's certificates of the target class, of the test images by index, or of the others."""
         what = "images" if self.indices is not None and not others else f"class-{self.target_class}"
         return victim.with_suffix(f".{'not-' * others}{what}.tsv")
+
+    def seconds(self, name: str, work: Path) -> float:
+        """What training and certifying a training set's victims took on the clock; NaN where a file is gone."""
+        total = 0.0
+        for victim in self.victims(name, work).values():
+            metrics = victim.with_suffix(".jsonl")
+            if not metrics.exists():
+                return math.nan
+            total += sum(json.loads(epoch)["seconds"] for epoch in metrics.read_text(encoding="utf-8").splitlines())
+            for others in (False, True)[: 1 + bool(self.others)]:
+                total += float(read_results(self.certificates(victim, others)).time.sum())
+        return total
 
 
 @dataclass(frozen=True)
