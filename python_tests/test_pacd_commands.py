@@ -171,14 +171,20 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     if name == "fig4":  # what its own small scale says
         assert all(row["epochs"] == 20 for row in rows) and all(s.training.epochs == 20 for s, _ in audited)
         assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice
-    half = name in ("fig4", "fig7")
+    half = name in ("table1", "table7", "fig4", "fig6", "fig7")
     assert {s.training.dtype for s, _ in audited} == {"bfloat16" if half else "float32"}
     assert {row["trained in"] for row in rows} == {"bfloat16" if half else "float32"}
+    half = name in ("table7", "fig6", "fig7")
+    assert {s.dtype for s, _ in audited} == {"bfloat16" if half else "float32"}
+    assert {row["certified in"] for row in rows} == {"bfloat16" if half else "float32"}
     if name == "fig7":
         assert {s.training.model for s, _ in audited} == {"resnet20", "resnet56"}
         assert main([*options, "--train-dtype", "float32"]) == 0  # rows of their own
         both = json.loads((tmp_path / "r.json").read_text())["PACD figure 7"]["rows"]
         assert [row["trained in"] for row in both].count("float32") == len(both) / 2 == 2
+        assert main([*options, "--dtype", "float32"]) == 0
+        all_three = json.loads((tmp_path / "r.json").read_text())["PACD figure 7"]["rows"]
+        assert [row["certified in"] for row in all_three].count("float32") == len(all_three) / 3 == 2
     if name == "d6":  # single digits saturate at a beta of 16
         assert {a.upper.beta for a in crafted} == {1.0} and {row["images"] for row in rows} == {1}
     before = len(crafted)
@@ -221,6 +227,7 @@ def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):
     for settings, folder in audited:
         assert settings.training.epochs == 30 and settings.training.dtype == "bfloat16"
         assert folder == "cifar10-10000-gaussian-0.25-epochs30-bfloat16" and (settings.images, settings.n) == (40, 1000)
+        assert settings.dtype == "bfloat16"
     assert sorted(settings.seeds for settings, _ in audited) == [1, 3]
     rows = json.loads((tmp_path / "w" / "results.json").read_text())["PACD table 2"]["rows"]
     assert {row["data"] for row in rows} == {"cifar10-10000"} and {row["sigma"] for row in rows} == {0.25}
@@ -232,6 +239,20 @@ def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):
     for arguments, message in wrong:
         assert main(["reproduce", *arguments]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_experiments_agree_on_the_victims_they_share(tmp_path, stubs):
+    """All small ones in one folder, as by default: where two find the same files, they ask the same of them."""
+    _, audited = stubs
+    for name in OF_CLASSES:
+        assert main(["reproduce", name, "--small", "--data", "mnist", "--work", str(tmp_path)]) == 0
+    asked: dict[tuple[str, int], set[str]] = {}
+    for settings, folder in audited:
+        alike = dataclasses.replace(settings, seeds=1, attacked=0)  # files of their own
+        if not settings.others:
+            alike = dataclasses.replace(alike, others=90, others_n=1000)
+        asked.setdefault((folder, settings.target_class), set()).add(repr(alike))
+    assert len(asked) > 20 and {folder: each for folder, each in asked.items() if len(each) > 1} == {}
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "table1": _pacd(
         "table1", "standard poisoning does little to victims that train robustly", pacd_tables.table1,
-        epochs=30, count=10, others=0,
+        epochs=30, count=10, others=0, macer_k=2, train_dtype="bfloat16",
     ),
     "table2": _pacd(
         "table2", "poison against Gaussian augmentation: ACR, ACA", pacd_tables.radius_table("gaussian", 2), MEDIUM
@@ -113,17 +113,20 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "table7": _pacd(
         "table7", "weight decay, with and without Gaussian augmentation", pacd_tables.table7,
-        epochs=30, craft_epochs=20, others=0,
+        epochs=30, craft_epochs=20, others=0, train_dtype="bfloat16", dtype="bfloat16",
     ),
     "fig3": _pacd("fig3", "ACR against epsilon", pacd_figures.figure3, craft_epochs=20, epochs=30, others=0),
     "fig4": _pacd(
         "fig4", "poison against one method, victims of another", pacd_figures.figure4,
         poisons=1, craft_epochs=15, macer_k=2, epochs=20, others=0, train_dtype="bfloat16",
     ),
-    "fig6": _pacd("fig6", "every class as the target", pacd_figures.figure6, craft_epochs=12, epochs=30, others=0),
+    "fig6": _pacd(
+        "fig6", "every class as the target", pacd_figures.figure6,
+        craft_epochs=12, epochs=30, others=0, train_dtype="bfloat16", dtype="bfloat16",
+    ),
     "fig7": _pacd(
         "fig7", "deeper victims; the paper's are of --data cifar10", pacd_figures.figure7,
-        craft_epochs=20, epochs=8, count=30, others=0, train_dtype="bfloat16",
+        craft_epochs=12, epochs=7, count=30, others=0, train_dtype="bfloat16", dtype="bfloat16",
     ),
     "d6": _pacd("d6", "single test images, by poison in 1 % of the data", pacd_tables.single_targets, n=100_000),
     **{

@@ -45,6 +45,7 @@ class Scale:
     attacked: int = option(0, "images for the PGD distortion")
     macer_k: int = option(16, "copies of MACER's victims")
     train_dtype: str = option("float32", "of the victims' passes in training", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of certification", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:
         for name in ("poisons", "seeds", "baseline_seeds", "epochs", "count", "n"):
@@ -53,7 +54,7 @@ class Scale:
 
 FULL = Scale()
 SMALL = Scale(2, 3, 3, 40, 30, 5000, 100, 1000, 90, 1000, 0, 4)
-MEDIUM = Scale(1, 3, 1, 30, 6, 10_000, 100, 1000, 90, 1000, 0, 4, "bfloat16")
+MEDIUM = Scale(1, 3, 1, 30, 6, 10_000, 100, 1000, 90, 1000, 0, 4, "bfloat16", "bfloat16")
 
 
 def size_of(small: bool, medium: bool) -> str:
@@ -72,7 +73,6 @@ class Where:
     small: bool = option(False, "two CPU cores, about 20 minutes; without --data-dir the embedded digits")
     medium: bool = option(False, "table2 of CIFAR-10 on 10 000 images: hours on two CPU cores")
     sigma: tuple[float, ...] | None = option(None, "of tables 2 to 5; by default the paper's")
-    dtype: str = option("float32", "of certification", choices=("float32", "bfloat16"))
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
     work: str = option("reproduced", "folder for checkpoints and results files; made if missing")
     results: str | None = option(None, "file that gets the rows, by default results.json in --work")
@@ -219,7 +219,7 @@ class Lab:
             others=min(self.scale.others, int((self.data.y_test != target_class).sum())),
             others_n=self.scale.others_n,
             attacked=self.scale.attacked,
-            dtype=self.where.dtype,
+            dtype=self.scale.dtype,
         )
         settings = dataclasses.replace(settings, **changes)
         half = "" if training.dtype == "float32" else f"-{training.dtype}"
@@ -244,10 +244,11 @@ class Lab:
         victims = sum(len(each.acr) for each in poisons) or self.scale.seeds
         images = row.pop("images", self.scale.count)
         row = {"data": self.label, **row, "victims": victims, "epochs": self.scale.epochs}
-        row |= {"n": self.scale.n, "images": images, "trained in": self.scale.train_dtype}
+        row |= {"n": self.scale.n, "images": images}
+        row |= {"trained in": self.scale.train_dtype, "certified in": self.scale.dtype}
         if (both := spread([each.acr for each in poisons])) is not None:
             row["sd of poisons, victims"] = f"{both[0]:.3f}, {both[1]:.3f}"
-        key = ["data", *key, "epochs", "n", "images", "trained in"]
+        key = ["data", *key, "epochs", "n", "images", "trained in", "certified in"]
         if not add_row(self.results, table, key, row, self.where.device, most="victims"):
             print(f"{self.results} keeps its row, which has more victims", file=sys.stderr)
         self.rows.setdefault(table, []).append(row)
