@@ -44,6 +44,9 @@ def test_a_table_says_at_which_commit_it_was_measured(tmp_path, monkeypatch, unc
     assert measured() == git("rev-parse", "--short", "HEAD")  # results.json may differ, it is no code
     (package / "record.py").write_text("2\n")
     assert measured() == git("rev-parse", "--short", "HEAD") + "+"
+    before = record.commit()
+    git("commit", "-qam", "second")
+    assert record.commit() == before  # what runs was loaded before
     monkeypatch.setenv("PATH", str(tmp_path))
     assert measured() == version("pacd_fast")  # no git
 

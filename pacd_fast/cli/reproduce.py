@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pacd_fast.cli.flags import Help, add_fields, device_of, given
-from pacd_fast.experiments import EXPERIMENTS, Experiment
+from pacd_fast.experiments import EXPERIMENTS, Experiment, commit
 from pacd_fast.files import AnotherRun
 from pacd_fast.ranks import Ranks
 
@@ -36,6 +36,7 @@ def run(options: argparse.Namespace) -> None:
     experiment, ranks = EXPERIMENTS[options.preset], Ranks.of_torchrun()
     if ranks.size > 1 and not experiment.shared:
         raise ValueError(f"{options.preset} is for one process; torchrun is for what trains victims")
+    commit()  # of the rows, hours from now
     if hasattr(options, "device"):
         options.device = str(device_of(options.device))
     settings = experiment.settings(**given(experiment.settings, options))

@@ -19,10 +19,10 @@ from pacd_fast.experiments.clean_victims import CleanVictims, clean_victims
 from pacd_fast.experiments.flips import FIGURES, FlipsWhere, flips
 from pacd_fast.experiments.lab import FULL, MEDIUM, SMALL, Lab, Scale, Where
 from pacd_fast.experiments.metapoison_lab import MetaWhere
-from pacd_fast.experiments.record import add_row, machine, write_table
+from pacd_fast.experiments.record import add_row, commit, machine, write_table
 from pacd_fast.ranks import Ranks
 
-__all__ = ["EXPERIMENTS", "Experiment", "add_row", "machine", "write_table"]
+__all__ = ["EXPERIMENTS", "Experiment", "add_row", "commit", "machine", "write_table"]
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def machine(device: str = "cpu") -> str:
 def commit() -> str:
     """The commit of the checkout that this package lies in, with a + where its code differs from it.
 
-    Elsewhere, installed from a wheel say, its version.
+    Elsewhere, installed from a wheel say, its version.  Asked before a run, it stays the one that runs, wherever the
+    checkout goes meanwhile.
     """
     here = Path(__file__)
 
@@ -43,9 +44,8 @@ def commit() -> str:
         return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", here.name
-        )  # an environment within another project's checkout is none of ours
+        # An environment that lies in another project's checkout is none of ours.
+        git("ls-files", "--error-unmatch", here.name)
         code = (":/pacd_fast", ":/csrc", ":/cmake", ":/CMakeLists.txt", ":/benchmarks/*.py")
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
