@@ -135,7 +135,9 @@ def stubs(monkeypatch):
 
     monkeypatch.setattr(lab, "pacd", fake_pacd)
     monkeypatch.setattr(lab, "audit", fake_audit)
-    monkeypatch.setattr(lab.Audit, "seconds", lambda *where: 600.0)
+    monkeypatch.setattr(
+        lab.Audit, "seconds", lambda audit, name, work: {v: 200.0 for v in audit.victims(name, work).values()}
+    )
     return crafted, audited
 
 
@@ -166,7 +168,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         assert by_name["poison"]["ACR"] == "0.500±0.014" and by_name["poison"]["ACR falls by"] == "50.5%"
         assert by_name["poison"]["victims"] == 6 and by_name["poison"]["sd of poisons, victims"] == "0.013, 0.010"
         assert all(row["epochs"] == 40 for row in rows) and claim["verdict"] == "holds"
-        assert claim["minutes"] == "50"  # clean, watermark, noise, two poisons: once each
+        assert claim["minutes"] == "50"  # three victims of clean data, watermark, noise, two poisons: once each
         assert by_name["clean"]["ACR, paper"] == "1.481" and by_name["watermark"]["ACR falls by"] == "0.5%"
     if name == "fig4":  # what its own small scale says
         assert all(row["epochs"] == 20 for row in rows) and all(s.training.epochs == 20 for s, _ in audited)
@@ -207,9 +209,10 @@ def test_the_seconds_of_an_audit_are_those_of_its_files(digits, tmp_path):  # no
         [s for path in tmp_path.glob("*.tsv") for s in read_results(path).time],
     ]
     assert [len(part) for part in parts] == [4, 6] and all(sum(part) > 0 for part in parts)
-    assert settings.seconds("clean", tmp_path) == pytest.approx(sum(map(sum, parts)))
+    found = settings.seconds("clean", tmp_path)
+    assert len(found) == 2 and sum(found.values()) == pytest.approx(sum(map(sum, parts)))
     next(tmp_path.glob("*.jsonl")).unlink()
-    assert np.isnan(settings.seconds("clean", tmp_path))
+    assert np.isnan(list(settings.seconds("clean", tmp_path).values())).sum() == 1
 
 
 def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):

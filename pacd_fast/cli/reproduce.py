@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     experiment, ranks = EXPERIMENTS[options.preset], Ranks.of_torchrun()
     if ranks.size > 1 and not experiment.shared:
         raise ValueError(f"{options.preset} is for one process; torchrun is for what trains victims")
-    commit()  # of the rows, hours from now
+    commit()  # noted now: until the rows are written, the checkout may move on
     if hasattr(options, "device"):
         options.device = str(device_of(options.device))
     settings = experiment.settings(**given(experiment.settings, options))

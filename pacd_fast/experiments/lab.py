@@ -54,7 +54,10 @@ class Scale:
 
 FULL = Scale()
 SMALL = Scale(2, 3, 3, 40, 30, 5000, 100, 1000, 90, 1000, 0, 4)
-MEDIUM = Scale(1, 3, 1, 30, 6, 10_000, 100, 1000, 90, 1000, 0, 4, "bfloat16", "bfloat16")
+MEDIUM = dataclasses.replace(
+    SMALL, poisons=1, baseline_seeds=1, epochs=30, craft_epochs=6, train_images=10_000, train_dtype="bfloat16",
+    dtype="bfloat16",
+)  # fmt: skip
 
 
 def size_of(small: bool, medium: bool) -> str:
@@ -184,7 +187,6 @@ class Lab:
                 poison.save(out)
                 partial.unlink(missing_ok=True)
         self.ranks.everyones("they are there")
-        self.seconds |= {path: Poison.load(path).settings.get("seconds", 0.0) for path in found.values()}
         return found
 
     def baseline(self, kind: str, target_class: int) -> dict[str, Path]:
@@ -232,7 +234,9 @@ class Lab:
         )  # fmt: skip
         found = audit(self.data, files, settings, work, device=self.where.device, progress=True, ranks=self.ranks)
         if self.ranks.rank == 0:
-            self.seconds |= {work / name: settings.seconds(name, work) for name in found}
+            self.seconds |= {path: files[path.stem].settings.get("seconds", 0.0) for path in poisons.values()}
+            for name in found:
+                self.seconds |= settings.seconds(name, work)
         names = {path.stem: name for name, path in poisons.items()}
         return {names.get(stem, stem): each for stem, each in found.items()}
 

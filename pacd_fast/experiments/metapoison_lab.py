@@ -83,7 +83,7 @@ class MetaWhere:
         if Path(self.data).stem != "cifar10":  # a file of another name would silently get another normalisation
             raise ValueError(f"--data must be cifar10, or an .npz file that is called cifar10.npz, not {self.data}")
         at_least("--victims", self.victims, 1)
-        size_of(self.small, self.medium)
+        size_of(self.small, self.medium)  # raises
 
     def lab(self) -> MetaLab:
         """The data loaded, the folder made."""

@@ -65,17 +65,17 @@ class Audit:
         what = "images" if self.indices is not None and not others else f"class-{self.target_class}"
         return victim.with_suffix(f".{'not-' * others}{what}.tsv")
 
-    def seconds(self, name: str, work: Path) -> float:
-        """What training and certifying a training set's victims took on the clock; NaN where a file is gone."""
-        total = 0.0
+    def seconds(self, name: str, work: Path) -> dict[Path, float]:
+        """What training and certifying a training set's victims took, by victim; NaN without its metrics."""
+        found = {}
         for victim in self.victims(name, work).values():
-            metrics = victim.with_suffix(".jsonl")
-            if not metrics.exists():
-                return math.nan
-            total += sum(json.loads(epoch)["seconds"] for epoch in metrics.read_text(encoding="utf-8").splitlines())
+            metrics, total = victim.with_suffix(".jsonl"), math.nan
+            if metrics.exists():
+                total = sum(json.loads(epoch)["seconds"] for epoch in metrics.read_text(encoding="utf-8").splitlines())
             for others in (False, True)[: 1 + bool(self.others)]:
                 total += float(read_results(self.certificates(victim, others)).time.sum())
-        return total
+            found[victim] = total
+        return found
 
 
 @dataclass(frozen=True)
