@@ -18,7 +18,8 @@ for i = 0 to 3, then `merge part-*.tsv --out results.tsv`.
 - certify: images are handed out as ranks ask for them, and each appends to a file beside --out (results.tsv.rank1, ...)
   until all are one; `--share samples` shares every image's samples.  Killed, whole or in part, the same command goes on
   with any number of processes; without --max-restarts too.
-- train --seeds N, audit, reproduce (but for label flips): victims are handed out.
+- train --seeds N, audit, reproduce (but for label flips): victims are handed out, and PACD's poison of a table.
+  Where a table has fewer poisons than processes, or clean-mnist and clean-cifar10 fewer victims, all do each together.
 - train of one network, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again with --resume, with
   any number of processes.
 - All need one disk for --out, --work, one version of this package, and devices of one kind; the other commands are for
@@ -33,7 +34,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -108,6 +109,10 @@ class Ranks:
         name = self.name()
         while (taken := self.take(name)) < count:
             yield taken
+
+    def teams(self, count: int) -> tuple[Ranks, Iterable[int]]:
+        """Which of 0, ..., count - 1 this one is to do, and with whom: alone, or, of fewer than processes, with all."""
+        return (self, range(count)) if count < self.size else (Ranks(), self.handed(count))
 
     def everyones(self, value: Any) -> list[Any]:
         """What each said here, in the order of the ranks; values of JSON.  Waits for all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -16,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torchrun_agent import GLOO, Agent, prepared, together, trains
+from torchrun_agent import GLOO, Agent, prepared, rows, together, trains
 
 from pacd_fast import files
 from pacd_fast.certification import certify
 from pacd_fast.cli import main, train
+from pacd_fast.experiments import lab
 from pacd_fast.networks import load_checkpoint
 from pacd_fast.poisoning import Poison, targeted
+from pacd_fast.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
 
@@ -263,18 +266,22 @@ def test_victims_of_targeted_poison_are_shared_out(folder, tmp_path):
 
 
 @trains
-def test_a_table_is_reproduced_by_all(tmp_path):
-    """Poison and victims are handed out; one process finds the same with that poison."""
-    draw = np.random.default_rng(1)
-    labels = np.resize([*range(10), 8, 8], 5600)
-    images = draw.integers(0, 256, (5600, 1, 28, 28), dtype=np.uint8)
-    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images[:50], y_test=labels[:50])
-    command = ["reproduce", "table2", "--data", str(tmp_path / "mnist.npz"), "--small", "--sigma", "0.5"]
+def test_a_table_is_reproduced_by_all(tmp_path, monkeypatch):
+    """One poison is crafted by both, victims are handed out; one process finds the same with that poison."""
+    command = ["reproduce", "table2", "--data", _digits(tmp_path), "--small", "--sigma", "0.5"]
     command += ["--epochs", "1", "--train-images", "600"]
     command += ["--seeds", "2", "--baseline-seeds", "1", "--poisons", "1", "--craft-epochs", "1", "--count", "2"]
     command += ["--n", "100", "--others", "0", "--device", "cpu", "--work"]
+
+    def crafted(*arguments, group, **options):
+        files.append_line(tmp_path / f"crafted{Ranks.of_group(group).rank}", "once")
+        return pacd(*arguments, group=group, **options)
+
+    pacd = lab.pacd
+    monkeypatch.setattr(lab, "pacd", crafted)
     codes, said = together(tmp_path / "logs", 2, [*command, tmp_path / "two"])
     assert codes == [0, 0], said
+    assert [(tmp_path / f"crafted{rank}").read_text() for rank in (0, 1)] == ["once\n"] * 2
     assert "| poison" in said and (tmp_path / "logs/log1").read_text() == ""
     (tmp_path / "one").mkdir()
     (poison,) = (tmp_path / "two").glob("*gaussian*.npz")
@@ -286,6 +293,45 @@ def test_a_table_is_reproduced_by_all(tmp_path):
     assert two["PACD table 2"]["rows"] == one["PACD table 2"]["rows"] and len(one["PACD table 2"]["rows"]) == 4
     codes, said = together(tmp_path / "logs", 2, ["reproduce", "flips-mnist", "--work", tmp_path / "none"])
     assert 2 in codes and "flips-mnist is for one process" in said
+
+
+@trains
+def test_one_victim_is_trained_and_certified_by_all(tmp_path, monkeypatch):
+    def counted(function, ranks_of):
+        def call(*arguments, **options):
+            ranks = ranks_of(options)
+            files.append_line(tmp_path / f"{function.__name__}{ranks.rank}", str(ranks.size))
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(module, function.__name__, call)
+
+    module = importlib.import_module("pacd_fast.experiments.clean_victims")
+    counted(module.train, lambda options: Ranks.of_group(options["group"]))
+    counted(module.certify_dataset, lambda options: options["ranks"])
+    command = ["reproduce", "clean-mnist", "--data", _digits(tmp_path), "--sigma", "0.5", "--seeds", "1"]
+    command += ["--epochs", "1", "--n", "100", "--count", "5", "--device", "cpu", "--work"]
+    codes, said = together(tmp_path / "logs", 2, [*command, tmp_path / "two"])
+    assert codes == [0, 0], said
+    assert (tmp_path / "logs/log1").read_text() == ""
+    for name in ("train0", "train1", "certify_dataset0", "certify_dataset1"):
+        assert (tmp_path / name).read_text() == "2\n"
+    (tmp_path / "one").mkdir()
+    for victim in (tmp_path / "two").glob("*.safetensors"):
+        shutil.copy(victim, tmp_path / "one")
+    assert main([*command, str(tmp_path / "one")]) == 0
+    (two,), (one,) = (json.loads((tmp_path / w / "results.json").read_text())["clean MNIST"]["rows"] for w in WORKS)
+    assert two["seeds"] == one["seeds"] == 1
+    certified = [[row[0] for row in rows(next((tmp_path / work).glob("*.tsv")))] for work in WORKS]
+    assert certified[0] == certified[1] and len(certified[0]) > 5
+    assert not list((tmp_path / "two").glob("*.rank*")) and not list((tmp_path / "two").glob("*.partial"))
+
+
+def _digits(folder: Path) -> str:
+    """A file of noise in the place of MNIST."""
+    images = np.random.default_rng(1).integers(0, 256, (5600, 1, 28, 28), dtype=np.uint8)
+    labels = np.resize([*range(10), 8, 8], 5600)
+    np.savez(folder / "mnist.npz", x_train=images, y_train=labels, x_test=images[:50], y_test=labels[:50])
+    return str(folder / "mnist.npz")
 
 
 WORKS = ("two", "one")

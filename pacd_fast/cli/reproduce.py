@@ -21,7 +21,8 @@ def add_commands(add: Any) -> None:
     for name, experiment in EXPERIMENTS.items():
         text = experiment.title.replace("%", "%%")  # argparse's own sign
         sub = presets.add_parser(name, help=text, description=text, formatter_class=Help)
-        add_fields(sub, experiment.settings, defaults=experiment.defaults)
+        lacking = {"medium"} if experiment.scales is not None and "medium" not in experiment.scales else ()
+        add_fields(sub, experiment.settings, skip=lacking, defaults=experiment.defaults)
         if experiment.scales is not None:
             full, *others = experiment.scales.items()
             texts = {
@@ -57,8 +58,7 @@ def _run(options: argparse.Namespace, experiment: Experiment, settings: Any) -> 
         if experiment.scales is None:
             experiment.run(settings)
         else:
-            if (scale := experiment.scales.get(settings.size)) is None:
-                raise ValueError(f"{options.preset} has no --{settings.size}: give --small, or neither")
+            scale = experiment.scales[settings.size]
             experiment.run(settings, dataclasses.replace(scale, **given(type(scale), options)))
     except AnotherRun as error:
         raise ValueError(f"{error}; or give another --work") from error

@@ -62,17 +62,20 @@ def clean_victims(data_name: str, title: str, target_class: int = 8) -> Callable
         chosen = Selection(target_class=target_class, count=settings.count).indices(data.y_test)
         ranks = Ranks.of_torchrun()
         checkpoint = work / f"{data_name}-{settings.method}-{settings.sigma:g}.safetensors"
-        for seed in ranks.handed(settings.seeds):
+        team, seeds = ranks.teams(settings.seeds)
+        for seed in seeds:
             victim = numbered(checkpoint, seed)
             print(f"victim {victim}", file=sys.stderr, flush=True)
             metrics = victim.with_suffix(".jsonl")
             shown = ranks.rank == 0
             train(
-                victim, data, training, seed=seed, device=settings.device, resume=True, metrics=metrics, progress=shown
-            )
+                victim, data, training, seed=seed, device=settings.device, resume=True, metrics=metrics,
+                progress=shown, group=team.group(),
+            )  # fmt: skip
+            team.everyones("it is there")
             certify_dataset(
                 load_checkpoint(victim), data, "test", chosen, victim.with_suffix(".tsv"),
-                n=settings.n, dtype=settings.dtype, device=settings.device, progress=shown,
+                n=settings.n, dtype=settings.dtype, ranks=team, device=settings.device, progress=shown,
             )  # fmt: skip
         ranks.everyones("they are there")
         if ranks.rank:

@@ -74,7 +74,7 @@ class Where:
     data: str = option("mnist", "mnist, cifar10, or cifar10.npz")
     data_dir: str | None = option(None, "where the data lie, in torchvision's layout")
     small: bool = option(False, "two CPU cores, about 20 minutes; without --data-dir the embedded digits")
-    medium: bool = option(False, "table2 of CIFAR-10 on 10 000 images: hours on two CPU cores")
+    medium: bool = option(False, "CIFAR-10 on 10 000 images: hours on two CPU cores")
     sigma: tuple[float, ...] | None = option(None, "of tables 2 to 5; by default the paper's")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
     work: str = option("reproduced", "folder for checkpoints and results files; made if missing")
@@ -172,9 +172,10 @@ class Lab:
         epochs = "" if self.scale.craft_epochs is None else f"-crafted{self.scale.craft_epochs}"
         labels = [name if seed == 0 else f"{name}-seed{seed}" for seed in range(self.scale.poisons)]
         found = {label: self.work / f"{self.label}-{label}{epochs}.npz" for label in labels}
-        for seed in self.ranks.handed(self.scale.poisons):
+        team, seeds = self.ranks.teams(self.scale.poisons)
+        for seed in seeds:
             here, out = dataclasses.replace(attack, seed=seed), found[labels[seed]]
-            if not out.exists():
+            if not team.everyones(out.exists())[0]:
                 flags: list[object] = ["--target-class", here.target_class, "--epsilon", here.ball.epsilon]
                 flags += [] if here.sigma is None else ["--sigma", here.sigma]
                 kind = "standard" if here.sigma is None else "pacd"
@@ -183,9 +184,11 @@ class Lab:
                 poison = pacd(
                     self.data, here, device=self.where.device, checkpoint=partial, resume=True,
                     metrics=out.with_suffix(".jsonl"), progress=self.ranks.rank == 0,
+                    group=team.group(),
                 )  # fmt: skip
-                poison.save(out)
-                partial.unlink(missing_ok=True)
+                if team.rank == 0:
+                    poison.save(out)
+                    partial.unlink(missing_ok=True)
         self.ranks.everyones("they are there")
         return found
 

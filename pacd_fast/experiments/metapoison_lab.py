@@ -70,7 +70,7 @@ class MetaWhere:
     """What every figure of MetaPoison is asked: the data, the scale, the device, the folders."""
 
     small: bool = option(False, "convnet, 5 000 images: at most 30 minutes on 2 CPU cores")
-    medium: bool = option(False, "convnet, 10 000 images, the authors' counts, one pair: hours on 2 CPU cores")
+    medium: bool = option(False, "convnet, 10 000 images, the authors' counts, one pair: 3.6 hours on 2 CPU cores")
     data: str = option("cifar10", "cifar10, or the path of an .npz file called cifar10.npz")
     data_dir: str | None = option(None, "where the data lie, in torchvision's layout")
     victims: int = option(8, "per poison")

@@ -171,7 +171,7 @@ def table7(lab: Lab) -> None:
                     "ACR poisoned": mean_and_deviation(poisoned, ".3f"), "poisoned, paper": printed[1],
                 },
             )  # fmt: skip
-            cells[f"{method}, decay {decay:g}"] = below(poisoned, clean)
+            cells[f"{method} at decay {decay:g}"] = below(poisoned, clean)
             bars[f"{method}\n{decay:g}"] = {"clean": clean, "poisoned": poisoned}
     usual = [row for row in lab.rows["PACD table 7"] if row["method"] == "gaussian"]
     ours = ", ".join(f"{row['ACR clean']} to {row['ACR poisoned']} at {row['weight decay']:g}" for row in usual)
