@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import noise_cases
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pacd_fast import ops
 from pacd_fast.ops import reference
@@ -19,6 +21,11 @@ from pacd_fast.ops import reference
 # Autograd counts devices at the first backward pass.  Once torch.compile has run it finds some even without a card, and
 # starts threads, after which no fork can train.
 torch.zeros(1, requires_grad=True).sum().backward()
+
+# tqdm's own lock is shared with forks: one that is killed while it writes its bar would hold it for all after it.  Nor
+# may the thread that watches bars have it when a fork begins.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torchrun_agent import CERTIFY, GLOO, Agent, prepared, rows, together
+from tqdm import tqdm
 
 from pacd_fast.certification import ResultsFile, rank_files, sampler
 from pacd_fast.certification.sharing import SharedSamples
@@ -115,6 +116,19 @@ def test_killed_ranks_and_runs_are_taken_up_by_others(folder, tmp_path):
     before = out.read_bytes()
     assert together(tmp_path, 2, command)[0] == [0, 0]
     assert out.read_bytes() == before, "all was there, and nothing is to be changed"
+
+
+def test_a_rank_that_is_killed_while_it_writes_its_bar_stops_no_other(tmp_path):
+    agent = Agent(tmp_path, 2)
+
+    def held(rank: int) -> int:
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    agent.start(held)
+    assert all(agent.ended())
+    assert together(tmp_path, 2, [*CERTIFY, "--out", tmp_path / "results.tsv"])[0] == [0, 0]
 
 
 def test_one_process_goes_on_from_several(folder, tmp_path):
