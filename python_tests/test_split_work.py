@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from test_metapoison import NORMED, TINY, attack, small
 from torch import Tensor, nn
 from torchrun_agent import GLOO, Agent, trains
 
 from pacd_fast.data import Dataset
 from pacd_fast.poisoning import Ball, MetaPoison, Pacd, Poison, Radius, Recipe, metapoison, metapoison_crafting, pacd
-from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit
+from pacd_fast.ranks import Ranks
+from pacd_fast.training import Gaussian, Macer, SmoothAdv, Standard, fit, splitting
 
 pytestmark = [pytest.mark.skipif(not GLOO, reason="this torch has no gloo"), trains]
 
@@ -96,6 +98,60 @@ def test_training_by_three_is_that_of_one(tmp_path):
             assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)  # kept in float32
         torch.manual_seed(3)
         assert not torch.allclose(expected["layers.0.weight"], Exact().layers[0].weight, rtol=0.01)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_over_ranks_is_that_of_all_rows(affine, tmp_path):
+    """By torch's kernels as in steps, and as torch's own batch norm of all rows has it, twice differentiated too.
+
+    The rows of the last rank do not count.  Sums of 84 terms of size 4, in float64 but for the slopes of weights.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x, slopes = (torch.randn(12, 5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
+    given = [3 * x + 2, *torch.rand(2, 5, generator=draw, dtype=torch.float64).add(0.5).unbind()]
+    kinds, eps = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-2}, 1e-3
+
+    def slopes_of(y: Tensor, at: list[Tensor], weights: Tensor, **graph: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((y * weights).sum(), at, materialize_grads=True, **graph)
+
+    def function(rank: int) -> object:
+        ranks, found = Ranks.of_group(group()), {}
+        rows, counts = slice(4 * rank, 4 * rank + 4), float(rank < 2)
+        for way in (splitting._Norm.apply, splitting._in_steps):
+            for dtype in kinds:
+                wide = torch.promote_types(dtype, torch.float32)
+                at = [given[0][rows].to(dtype), *(each.to(wide) for each in given[1:] if affine)]
+                at = [each.clone().requires_grad_() for each in at]
+                y, *statistics = way(*(at if affine else [*at, None, None]), eps, counts, ranks)
+                first = slopes_of(y, at, counts * slopes[rows].to(dtype), retain_graph=True)
+                again = slopes_of(y, at, counts * slopes[rows].to(dtype), create_graph=True)
+                second = slopes_of(again[0], at, counts * slopes[rows].to(dtype).square())
+                found[getattr(way, "__name__", "apply"), dtype] = [
+                    [each.detach().double() for each in each_of] for each_of in ([y, *statistics], first, again, second)
+                ]
+        return found
+
+    ranks = ranks_do(tmp_path, 3, function)
+    at = [each.clone().requires_grad_() for each in (given[0][:8], *given[1:])]
+    y = F.batch_norm(at[0], None, None, *(at[1:] if affine else [None, None]), True, 0.0, eps)
+    at = at if affine else at[:1]
+    first = slopes_of(y, at, slopes[:8], create_graph=True)
+    second = slopes_of(first[0], at, slopes[:8].square())
+    for (way, dtype), found in ranks[0].items():
+        others = [rank[way, dtype] for rank in ranks]
+        same = {"rtol": kinds[dtype], "atol": 20 * kinds[dtype], "msg": lambda text, at=(way, dtype): f"{at}: {text}"}
+        torch.testing.assert_close(torch.cat([others[0][0][0], others[1][0][0]]), y.detach(), **same)
+        torch.testing.assert_close(found[0][1], given[0][:8].mean((0, 2)), **same)
+        torch.testing.assert_close(found[0][2], given[0][:8].var((0, 2), correction=0), **same)
+        assert float(found[0][3]) == 8 * 7
+        for part, expected in ((1, first), (2, first), (3, second)):
+            torch.testing.assert_close(
+                torch.cat([others[0][part][0], others[1][part][0]]), expected[0].detach(), **same
+            )
+            for place in range(1, len(at)):
+                total = sum(rank[part][place] for rank in others)
+                torch.testing.assert_close(total, expected[place].detach(), **same)
+        assert not others[2][1][0].any(), "rows that do not count"
 
 
 @pytest.mark.parametrize("loss", [Standard(), Gaussian(0.3, 2), Macer(0.3, k=4), SmoothAdv(0.3, 0.5, k=2)], ids=str)
