@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -59,6 +60,9 @@ class Agent:
 
     def start(self, function: Callable[[int], int]) -> None:
         self.attempt += 1
+        # They begin when all are there: while the store's thread looks up who called, it holds a lock of the C library,
+        # and a fork that happens then waits for that lock for ever.
+        waiting, opened = os.pipe()
         for rank in range(self.size):
             (self.folder / f"log{rank}").touch()  # there before anybody asks
             child = os.fork()
@@ -67,11 +71,14 @@ class Agent:
                 continue
             code = 70
             signal.alarm(300)  # whatever becomes of the test
+            os.close(opened)
+            os.read(waiting, 1)
             try:
                 log = os.open(self.folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                faulthandler.dump_traceback_later(200, file=sys.stderr)  # before `ended` loses patience
                 os.environ |= {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size),
                     "MASTER_ADDR": "localhost", "MASTER_PORT": str(self.store.port),
@@ -90,6 +97,8 @@ class Agent:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
+        os.close(opened)
+        os.close(waiting)
 
     def kill(self, signal_number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
         for rank in list(self.running) if ranks is None else ranks:

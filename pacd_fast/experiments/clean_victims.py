@@ -72,7 +72,6 @@ def clean_victims(data_name: str, title: str, target_class: int = 8) -> Callable
                 victim, data, training, seed=seed, device=settings.device, resume=True, metrics=metrics,
                 progress=shown, group=team.group(),
             )  # fmt: skip
-            team.everyones("it is there")
             certify_dataset(
                 load_checkpoint(victim), data, "test", chosen, victim.with_suffix(".tsv"),
                 n=settings.n, dtype=settings.dtype, ranks=team, device=settings.device, progress=shown,

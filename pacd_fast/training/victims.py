@@ -16,6 +16,7 @@ from pacd_fast.data import Dataset
 from pacd_fast.files import AnotherRun, partial
 from pacd_fast.networks import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, build, load_checkpoint, save_checkpoint
 from pacd_fast.randomness import seeded
+from pacd_fast.ranks import Ranks
 from pacd_fast.training.loop import OPTIMIZERS, fit
 from pacd_fast.training.losses import METHODS, Loss
 
@@ -157,7 +158,7 @@ def train(
     Args:
         seed: of the initial weights, the order of the images, augmentation and noise.
         resume: go on from `out`.partial; where `out` is there already and was trained so, it is returned as it is.
-        metrics, group: see `fit`; rank 0 writes `out`.
+        metrics, group: see `fit`; rank 0 writes `out`, which is there for all when they return.
 
     Raises ValueError and OSError, each one line that says what to do.
     """
@@ -198,7 +199,9 @@ def train(
         progress=progress,
         group=group,
     )
-    if group is None or torch.distributed.get_rank(group) == 0:
+    ranks = Ranks.of_group(group)
+    if ranks.rank == 0:
         save_checkpoint(out, network, metadata)
         unfinished.unlink(missing_ok=True)
+    ranks.everyones("it is there")
     return network
