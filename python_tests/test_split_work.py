@@ -104,7 +104,7 @@ def test_training_by_three_is_that_of_one(tmp_path):
 def test_batch_norm_over_ranks_is_that_of_all_rows(affine, tmp_path):
     """By torch's kernels as in steps, and as torch's own batch norm of all rows has it, twice differentiated too.
 
-    The rows of the last rank do not count.  Sums of 84 terms of size 4, in float64 but for the slopes of weights.
+    The rows of the last of three ranks do not count.
     """
     draw = torch.Generator().manual_seed(0)
     x, slopes = (torch.randn(12, 5, 7, generator=draw, dtype=torch.float64) for _ in range(2))
@@ -145,9 +145,8 @@ def test_batch_norm_over_ranks_is_that_of_all_rows(affine, tmp_path):
         torch.testing.assert_close(found[0][2], given[0][:8].var((0, 2), correction=0), **same)
         assert float(found[0][3]) == 8 * 7
         for part, expected in ((1, first), (2, first), (3, second)):
-            torch.testing.assert_close(
-                torch.cat([others[0][part][0], others[1][part][0]]), expected[0].detach(), **same
-            )
+            to_x = torch.cat([rank[part][0] for rank in others[:2]])
+            torch.testing.assert_close(to_x, expected[0].detach(), **same)
             for place in range(1, len(at)):
                 total = sum(rank[part][place] for rank in others)
                 torch.testing.assert_close(total, expected[place].detach(), **same)
