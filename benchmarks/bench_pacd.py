@@ -29,6 +29,7 @@ from pacd_fast.training import Gaussian, fit
 CLEAN, POISON, VALIDATION, COPIES, SIGMA, DAMPING = 400, 100, 100, 20, 0.5, 1e-3
 OURS: dict[str, dict[str, Any]] = {
     "ours, minres, 10 Gauss-Newton products": {"solver": "minres"},
+    "ours, minres, 10 Gauss-Newton products, bfloat16": {"solver": "minres", "dtype": torch.bfloat16},
     "ours, cg, 5 Gauss-Newton products": {"solver": "cg", "steps": 5},
     "ours, minres, 10 Hessian products": {"solver": "minres", "curvature": "hessian"},
 }
@@ -95,19 +96,28 @@ def upper_of(x_val: Tensor) -> Callable[[Tensor, nn.Module], Tensor]:
     return lambda u, network: Radius(SIGMA, COPIES)(network, x_val, labels, seed=2)
 
 
-def our_step(network: nn.Module, data: Dataset, **settings: Any) -> Tensor:
+def our_step(network: nn.Module, data: Dataset, dtype: torch.dtype = torch.float32, **settings: Any) -> Tensor:
     """What an outer step of `pacd` does, on the batches of the plain one; the solution q."""
     clean, poison, y, x_val = batches(data)
     loss, images = Gaussian(SIGMA), torch.cat([clean, poison])
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     for step in range(10):
         optimizer.zero_grad(set_to_none=True)
-        loss(network, images, y, seed=step + 10).backward()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            value = loss(network, images, y, seed=step + 10)
+        value.backward()
         optimizer.step()
     problem = lower_problem(network, loss, clean, y, 1, poison)
     settings = {"curvature": "gauss-newton", "steps": 10, "tolerance": 0.0, **settings}
     _, found, *_ = hypergradient(
-        upper_of(x_val), problem, poison, network, damping=DAMPING, with_solution=True, **settings
+        upper_of(x_val),
+        problem,
+        poison,
+        network,
+        damping=DAMPING,
+        with_solution=True,
+        dtype=None if dtype == torch.float32 else dtype,
+        **settings,
     )
     return found.q
 

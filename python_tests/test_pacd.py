@@ -233,7 +233,7 @@ def test_bad_arguments(digits, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "field", ["epochs", "poison_batch", "lower_steps", "solver_steps", "outer_lr", "solver", "curvature"]
+    "field", ["epochs", "poison_batch", "lower_steps", "solver_steps", "outer_lr", "solver", "curvature", "dtype"]
 )
 def test_bad_recipes(field):
     with pytest.raises(ValueError, match="must be|unknown"):

@@ -173,6 +173,7 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     if name == "fig4":  # what its own small scale says
         assert all(row["epochs"] == 20 for row in rows) and all(s.training.epochs == 20 for s, _ in audited)
         assert {a.recipe.epochs for a in crafted} == {15, 30}  # SmoothAdv's twice
+    assert {attack.recipe.dtype for attack in crafted} == {row["crafted in"] for row in rows} == {"float32"}
     half = name in ("table1", "table7", "fig4", "fig6", "fig7")
     assert {s.training.dtype for s, _ in audited} == {"bfloat16" if half else "float32"}
     assert {row["trained in"] for row in rows} == {"bfloat16" if half else "float32"}
@@ -187,6 +188,12 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         assert main([*options, "--dtype", "float32"]) == 0
         all_three = json.loads((tmp_path / "r.json").read_text())["PACD figure 7"]["rows"]
         assert [row["certified in"] for row in all_three].count("float32") == len(all_three) / 3 == 2
+    if name == "table2":
+        assert main([*options, "--craft-dtype", "bfloat16"]) == 0  # other poison, and rows of their own
+        assert "--dtype bfloat16 --seed 1 --out" in capsys.readouterr().err
+        assert [attack.recipe.dtype for attack in crafted].count("bfloat16") == 2
+        both = json.loads((tmp_path / "r.json").read_text())["PACD table 2"]["rows"]
+        assert [row["crafted in"] for row in both].count("bfloat16") == len(both) / 2 == 4
     if name == "d6":  # single digits saturate at a beta of 16
         assert {a.upper.beta for a in crafted} == {1.0} and {row["images"] for row in rows} == {1}
     before = len(crafted)
@@ -226,7 +233,7 @@ def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):
     assert main(["reproduce", "table2", *shared]) == 0
     (attack,) = crafted
     assert attack.recipe.epochs == 6 and attack.sigma == 0.25 and attack.model == "resnet20"
-    assert attack.ball.epsilon == 0.03 and attack.loss.sigma == 0.25
+    assert attack.ball.epsilon == 0.03 and attack.loss.sigma == 0.25 and attack.recipe.dtype == "bfloat16"
     for settings, folder in audited:
         assert settings.training.epochs == 30 and settings.training.dtype == "bfloat16"
         assert folder == "cifar10-10000-gaussian-0.25-epochs30-bfloat16" and (settings.images, settings.n) == (40, 1000)

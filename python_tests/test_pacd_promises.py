@@ -107,15 +107,72 @@ def test_the_first_step_on_every_image_has_the_crafting_rate():
     torch.testing.assert_close(moved, torch.full((24,), 0.02), rtol=1e-3, atol=0)
 
 
+PASSES: list[tuple[bool, torch.dtype]] = []
+
+
+class Noting(nn.Module):
+    """Notes every pass: whether it was in training mode, and what its multiplications gave."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(x.flatten(1))
+        PASSES.append((self.training, logits.dtype))
+        return logits
+
+
+def test_bfloat16_is_of_lower_steps_and_products_alone(monkeypatch):
+    """The radius that falls, the system's right side and what the poison is moved by keep 32 bits."""
+    marks = []
+
+    class Marked(Gaussian):
+        def __call__(self, model, x, y, *, seed):
+            marks.append(len(PASSES))
+            return super().__call__(model, x, y, seed=seed)
+
+    real, systems = pacd_crafting.hypergradient, []
+
+    def watched(*arguments, **options):
+        found = real(*arguments, **options)
+        systems.append((found[0].dtype, found[1].q.dtype, found[1].products))
+        return found
+
+    def logit(model, x, y, *, seed):
+        return model(x)[:, 1].mean()
+
+    monkeypatch.setattr(pacd_crafting, "hypergradient", watched)
+    images, low = {}, torch.bfloat16
+    for dtype in ("float32", "bfloat16"):
+        PASSES.clear()
+        marks.clear()
+        systems.clear()
+        recipe = dataclasses.replace(RECIPE, dtype=dtype, tolerance=0.0)
+        attack = Pacd(Marked(0.3), 1, Ball(0.1), logit, model=f"{__name__}:Noting", recipe=recipe)
+        images[dtype] = pacd(small(), attack).images
+        lower = [PASSES[mark] for mark in marks]
+        outer = [found for i, found in enumerate(PASSES) if i not in marks]
+        assert len(systems) == 12 and {each[:2] for each in systems} == {(torch.float32, torch.float32)}
+        assert lower == [(True, getattr(torch, dtype))] * 24 and (False, low) not in outer
+        if dtype == "float32":
+            assert (True, low) not in outer
+        else:  # of a system: its linearisation and products; in full precision those of residual and mixed derivative
+            assert outer.count((True, low)) == sum(products for *_, products in systems) >= 4 * len(systems)
+            assert outer.count((True, torch.float32)) == 3 * len(systems)
+    assert not torch.equal(images["float32"], images["bfloat16"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_poison_lowers_the_upper_loss_and_its_mirror_image_raises_it(sign):
+def test_poison_lowers_the_upper_loss_and_its_mirror_image_raises_it(sign, dtype):
     """Against the network that a victim becomes, with an upper loss that is linear in its logits."""
 
     def upper(model, x, y, *, seed):
         return sign * model(x)[:, 1].mean()
 
     values = []
-    recipe = dataclasses.replace(RECIPE, epochs=8, restart=8, lower_steps=6, lower_lr=0.02)
+    recipe = dataclasses.replace(RECIPE, epochs=8, restart=8, lower_steps=6, lower_lr=0.02, dtype=dtype)
 
     def watched(model, x, y, *, seed):
         value = upper(model, x, y, seed=seed)

@@ -44,6 +44,7 @@ class Scale:
     others_n: int = option(10_000, "estimation samples for each of them")
     attacked: int = option(0, "images for the PGD distortion")
     macer_k: int = option(16, "copies of MACER's victims")
+    craft_dtype: str = option("float32", "of the network's passes in crafting", choices=("float32", "bfloat16"))
     train_dtype: str = option("float32", "of the victims' passes in training", choices=("float32", "bfloat16"))
     dtype: str = option("float32", "of certification", choices=("float32", "bfloat16"))
 
@@ -55,8 +56,8 @@ class Scale:
 FULL = Scale()
 SMALL = Scale(2, 3, 3, 40, 30, 5000, 100, 1000, 90, 1000, 0, 4)
 MEDIUM = dataclasses.replace(
-    SMALL, poisons=1, baseline_seeds=1, epochs=30, craft_epochs=6, train_images=10_000, train_dtype="bfloat16",
-    dtype="bfloat16",
+    SMALL, poisons=1, baseline_seeds=1, epochs=30, craft_epochs=6, train_images=10_000,
+    craft_dtype="bfloat16", train_dtype="bfloat16", dtype="bfloat16",
 )  # fmt: skip
 
 
@@ -165,13 +166,15 @@ class Lab:
         recipe = dict(changes.pop("recipe", {}))
         if self.scale.craft_epochs is not None:  # the authors give SmoothAdv, with one lower step, twice the epochs
             recipe = {"epochs": self.scale.craft_epochs * (2 if method == "smoothadv" else 1), **recipe}
+        recipe.setdefault("dtype", self.scale.craft_dtype)
         return self.preset.attack(method, self.data.name, target_class, recipe=recipe, **changes)
 
     def crafted(self, name: str, attack: Pacd) -> dict[str, Path]:
         """The poison files of a setting, one per crafting seed, by name; made where they are not there."""
-        epochs = "" if self.scale.craft_epochs is None else f"-crafted{self.scale.craft_epochs}"
+        made = "" if self.scale.craft_epochs is None else f"-crafted{self.scale.craft_epochs}"
+        made += "" if attack.recipe.dtype == "float32" else f"-{attack.recipe.dtype}"
         labels = [name if seed == 0 else f"{name}-seed{seed}" for seed in range(self.scale.poisons)]
-        found = {label: self.work / f"{self.label}-{label}{epochs}.npz" for label in labels}
+        found = {label: self.work / f"{self.label}-{label}{made}.npz" for label in labels}
         team, seeds = self.ranks.teams(self.scale.poisons)
         for seed in seeds:
             here, out = dataclasses.replace(attack, seed=seed), found[labels[seed]]
@@ -179,7 +182,8 @@ class Lab:
                 flags: list[object] = ["--target-class", here.target_class, "--epsilon", here.ball.epsilon]
                 flags += [] if here.sigma is None else ["--sigma", here.sigma]
                 kind = "standard" if here.sigma is None else "pacd"
-                self.say(f"poison {kind}", *flags, "--epochs", here.recipe.epochs, "--seed", seed, "--out", out)
+                flags += ["--epochs", here.recipe.epochs, "--dtype", here.recipe.dtype]
+                self.say(f"poison {kind}", *flags, "--seed", seed, "--out", out)
                 partial = out.with_name(out.name + ".partial")
                 poison = pacd(
                     self.data, here, device=self.where.device, checkpoint=partial, resume=True,
@@ -252,10 +256,11 @@ class Lab:
         images = row.pop("images", self.scale.count)
         row = {"data": self.label, **row, "victims": victims, "epochs": self.scale.epochs}
         row |= {"n": self.scale.n, "images": images}
-        row |= {"trained in": self.scale.train_dtype, "certified in": self.scale.dtype}
+        precisions = {"crafted in": self.scale.craft_dtype, "trained in": self.scale.train_dtype}
+        row |= precisions | {"certified in": self.scale.dtype}
         if (both := spread([each.acr for each in poisons])) is not None:
             row["sd of poisons, victims"] = f"{both[0]:.3f}, {both[1]:.3f}"
-        key = ["data", *key, "epochs", "n", "images", "trained in", "certified in"]
+        key = ["data", *key, "epochs", "n", "images", *precisions, "certified in"]
         if not add_row(self.results, table, key, row, self.where.device, most="victims"):
             print(f"{self.results} keeps its row, which has more victims", file=sys.stderr)
         self.rows.setdefault(table, []).append(row)

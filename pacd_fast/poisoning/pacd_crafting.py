@@ -290,7 +290,7 @@ class _Crafting:
             rows, numbered, share = self._mine(x, u)
             noise = mix(self.seed, Purpose.PACD_LOWER_NOISE, self.epoch, self.step, lower_step)
             batch = torch.cat([x[rows[0]], u[rows[1]]]), torch.cat([y[rows[0]], labels[rows[1]]])
-            with self.split.batch_norm(self.network, share):
+            with self._low(), self.split.batch_norm(self.network, share):
                 value = share * loss(self.network, *batch, seed=noise, **numbered)
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -320,6 +320,7 @@ class _Crafting:
                 warm_start=self.q,
                 with_solution=True,
                 group=self.ranks.group(),
+                dtype=None if recipe.dtype == "float32" else getattr(torch, recipe.dtype),
                 **recipe.solver_options(),
             )
         up, low, sound = torch.stack([upper, lower, torch.isfinite(gradient).all().to(upper.dtype)]).tolist()
@@ -350,6 +351,11 @@ class _Crafting:
                 return weight * self.upper(network, x, y, seed=seed, **numbered)
 
         return cost
+
+    def _low(self) -> torch.autocast:
+        """The lower steps' precision."""
+        dtype = self.recipe.dtype
+        return torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     def _mine(self, clean: Tensor, poison: Tensor) -> tuple[list[slice], dict[str, Tensor], float]:
         """This process's rows of a lower-level batch: of its clean images, of its poison; their numbers and share."""

@@ -17,6 +17,8 @@ from pacd_fast.poisoning.poison import Ball
 from pacd_fast.randomness import Stream
 from pacd_fast.training import layout, loss_of
 
+DTYPES = ("float32", "bfloat16")
+
 
 class Upper(Protocol):
     """What the attacker lowers: images [B, ...] and labels [B] of the target class to a scalar.
@@ -62,9 +64,9 @@ class Recipe:
     epochs: passes over the poison images, a batch of which is one outer step; clean_batch, poison_batch: images of a
     lower-level batch; upper_batch: validation images of an outer step; lower_steps, lower_lr: Adam's steps on the
     weights before each outer step; outer_lr: Adam's rate on the poison; restart: weights, their optimiser and the
-    linear system's solution are re-initialised after so many epochs; solver to rank: see `bilevel.hypergradient`
+    linear system's solution are re-initialised after so many epochs; solver to dtype: see `bilevel.hypergradient`
     (minres, because MACER's loss is not convex in the logits: its Gauss-Newton matrix is indefinite, and cg stops at
-    once).
+    once); dtype: bfloat16 also runs the lower steps under autocast, as victims may train.
     """
 
     epochs: int = option(50, "passes over the poison images")
@@ -82,6 +84,9 @@ class Recipe:
     tolerance: float = option(0.1, "relative residual at which the solver stops")
     solver_lr: float = option(1e-2, "rate of the solver adam")
     rank: int = option(10, "of the preconditioner of nystrom")
+    dtype: str = option(
+        "float32", "of the network's passes in lower steps and products; all else keeps 32 bits", choices=DTYPES
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -103,6 +108,8 @@ class Recipe:
             raise ValueError(f"unknown solver {self.solver!r}: give {', '.join(SOLVERS)}")
         if self.curvature not in CURVATURES:
             raise ValueError(f"unknown curvature {self.curvature!r}: give {' or '.join(CURVATURES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, not {self.dtype!r}")
 
     def solver_options(self) -> dict[str, Any]:
         """The options of this solver alone."""
