@@ -19,10 +19,11 @@ for i = 0 to 3, then `merge part-*.tsv --out results.tsv`.
   until all are one; `--share samples` shares every image's samples.  Killed, whole or in part, the same command goes on
   with any number of processes; without --max-restarts too.
 - train --seeds N, audit, reproduce (but for label flips): victims are handed out, and PACD's poison of a table.
-  Where a table has fewer poisons than processes, or clean-mnist and clean-cifar10 fewer victims, all do each together.
-- train of one network, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again with --resume, with
-  any number of processes.  For a network with batch norm, which asks the others at every layer, the cores of one
-  machine are better used as the threads of one process.
+  Where a table has fewer poisons than processes, or train, clean-mnist and clean-cifar10 fewer victims, all do each
+  together.
+- train of fewer networks than processes, poison pacd: rows of every batch.  poison metapoison: surrogates.  Run again
+  with --resume, with any number of processes.  For a network with batch norm, which asks the others at every layer,
+  the cores of one machine are better used as the threads of one process.
 - All need one disk for --out, --work, one version of this package, and devices of one kind; the other commands are for
   one process.
 """

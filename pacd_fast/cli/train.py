@@ -38,8 +38,8 @@ def add_commands(add: Any) -> None:
     sub.add_argument("--seed", type=whole_number, default=0, help="of initial weights, order and noise")
     sub.add_argument(
         "--seeds", type=whole_number, default=1,
-        help="victims to train, seeds from --seed on; files are numbered; torchrun's processes share them, or with 1 "
-        "its batches",
+        help="victims to train, seeds from --seed on; files are numbered; torchrun's processes share them, or of fewer "
+        "than processes their batches",
     )  # fmt: skip
     add_device(sub)
     sub.add_argument("--resume", action="store_true", help="go on from the last epoch of an interrupted run")
@@ -52,11 +52,6 @@ def run(options: argparse.Namespace) -> None:
     seeds = range(options.seed, options.seed + options.seeds)
     outs = [options.out if len(seeds) == 1 else numbered(options.out, seed) for seed in seeds]
     ranks = Ranks.of_torchrun()
-    if ranks.size > len(seeds) > 1:
-        raise ValueError(
-            f"{ranks.size} processes share the victims, and there are {len(seeds)}: give more --seeds, or 1, whose "
-            "batches they then share"
-        )
     resume = ranks.restarted() or options.resume
     with ExitStack() as held:  # all of them before any training; what --resume finds whole is looked at then
         for out in outs if ranks.rank == 0 else ():
@@ -72,20 +67,16 @@ def _train(options: argparse.Namespace, outs: Mapping[int, str | Path], resume: 
     settings = Training(hyperparameters=hyperparameters_given(options), **given(Training, options))
     right: dict[str, int] = {}
     tests = len(data.y_test)
-    seeds = list(outs)
-    handed, group = (
-        (seeds, ranks.group()) if len(seeds) == 1 else (map(seeds.__getitem__, ranks.handed(len(seeds))), None)
-    )
-    for seed in handed:
-        out = outs[seed]
+    team, chosen = ranks.teams(len(outs))
+    for seed, out in map(list(outs.items()).__getitem__, chosen):
         metrics = options.metrics
         if metrics is not None and len(outs) > 1:
             metrics = numbered(metrics, seed)
         network = train(
             out, data, settings, seed=seed, device=device, resume=resume, metrics=metrics, progress=ranks.rank == 0,
-            group=group,
+            group=team.group(),
         )  # fmt: skip
-        if group is not None and ranks.rank:
+        if team.rank:
             continue
         right[str(out)] = int(correct(network, *data.split("test")).sum())
         if ranks.size == 1:
