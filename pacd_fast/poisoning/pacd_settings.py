@@ -158,7 +158,11 @@ class Pacd:
         return Accuracy() if self.sigma is None else Radius(self.sigma)
 
     def settings(self) -> dict[str, Any]:
-        """As JSON values, without the ball, which a poison file keeps by itself."""
+        """As JSON values, without the ball, which a poison file keeps by itself, and a dtype of float32, which files of
+        older versions do not name."""
+        recipe = dataclasses.asdict(self.recipe)
+        if self.recipe.dtype == "float32":
+            del recipe["dtype"]
         return {
             "target_class": self.target_class,
             "loss": str(self.loss),
@@ -168,7 +172,7 @@ class Pacd:
             "fraction": self.fraction,
             "targets": None if self.targets is None else list(self.targets),
             "sigma": self.sigma,
-            **dataclasses.asdict(self.recipe),
+            **recipe,
         }
 
 
