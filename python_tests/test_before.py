@@ -26,13 +26,7 @@ BEFORE = Path(__file__).parent / "data" / "efdd240"
 ABOUT = json.loads((BEFORE / "about.json").read_text())
 SAME_BITS = machine().startswith(ABOUT["cpu"]) and torch.__version__ == ABOUT["torch"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -240,6 +240,7 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(tmp_path):
         metapoison(data, plan, checkpoint=tmp_path / "nowhere" / "x")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     path = tmp_path / "craft.partial"
     command = [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), str(path)]
@@ -254,23 +255,19 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     state = torch.load(path, weights_only=True)
     done = len(state["history"])
     assert 6 <= done < 400
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:  # the same 400-step plan on both sides, both stopped a little later
-        ends = []
-        for where in (path, None):
-            kept: list[Poison] = []
+    # the same 400-step plan on both sides, both stopped a little later
+    ends = []
+    for where in (path, None):
+        kept: list[Poison] = []
 
-            def stop(step: int, poison: Poison, kept: list[Poison] = kept) -> None:
-                if step == done + 3:
-                    kept.append(poison)
-                    raise KeyboardInterrupt
+        def stop(step: int, poison: Poison, kept: list[Poison] = kept) -> None:
+            if step == done + 3:
+                kept.append(poison)
+                raise KeyboardInterrupt
 
-            with pytest.raises(KeyboardInterrupt):
-                metapoison(small(), attack(steps=400, surrogates=4), checkpoint=where, resume=True, after_step=stop)
-            ends.append(kept[0])
-    finally:
-        torch.set_num_threads(threads)
+        with pytest.raises(KeyboardInterrupt):
+            metapoison(small(), attack(steps=400, surrogates=4), checkpoint=where, resume=True, after_step=stop)
+        ends.append(kept[0])
     assert torch.equal(ends[0].images, ends[1].images)
 
 

@@ -25,7 +25,7 @@ def flat(num_classes: int) -> nn.Module:
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tmp_path, monkeypatch, one_thread):
     """A preset's command line for tiny settings, as a function of its name; and the results file."""
     tiny = {"model": f"{__name__}:flat", "surrogates": 2, "steps": 5, "epochs": 2, "lr": 0.01}
     settings = {**module.SCALES["small"].settings, **tiny}
@@ -38,10 +38,7 @@ def command(tmp_path, monkeypatch):
     np.savez(tmp_path / "cifar10.npz", **arrays)
     common = ["--small", "--data", str(tmp_path / "cifar10.npz"), "--victims", "2", "--device", "cpu"]
     common += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results.json")]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun's processes: the last bits of a training depend on it
-    yield lambda name: ["reproduce", name, *common], tmp_path / "results.json", tmp_path / "work"
-    torch.set_num_threads(threads)
+    return lambda name: ["reproduce", name, *common], tmp_path / "results.json", tmp_path / "work"
 
 
 def test_every_figure_from_end_to_end(command, capsys, monkeypatch):

@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from torchrun_agent import CERTIFY, GLOO, Agent, prepared, rows, together
+from torchrun_agent import CERTIFY, GLOO, Agent, rows, together
 from tqdm import tqdm
 
 from pacd_fast.certification import ResultsFile, rank_files, sampler
@@ -21,17 +20,7 @@ from pacd_fast.certification.sharing import SharedSamples
 from pacd_fast.cli import main
 from pacd_fast.ranks import Ranks
 
-pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return prepared(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture(autouse=True)
-def there(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+pytestmark = [pytest.mark.skipif(not GLOO, reason="this torch has no gloo"), pytest.mark.usefixtures("there")]
 
 
 @pytest.mark.parametrize("share", ["images", "samples"])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torchrun_agent import GLOO, Agent, prepared, rows, together, trains
+from torchrun_agent import GLOO, Agent, rows, together, trains
 
 from pacd_fast import files
 from pacd_fast.certification import certify
@@ -27,17 +27,10 @@ from pacd_fast.networks import load_checkpoint
 from pacd_fast.poisoning import Poison, targeted
 from pacd_fast.ranks import Ranks
 
-pytestmark = pytest.mark.skipif(not GLOO, reason="this torch has no gloo")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return prepared(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture(autouse=True)
-def there(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+pytestmark = [
+    pytest.mark.skipif(not GLOO, reason="this torch has no gloo"),
+    pytest.mark.usefixtures("there", "one_thread"),
+]
 
 
 def test_certify_in_a_group(folder, tmp_path):

@@ -210,6 +210,7 @@ def test_training_goes_on_and_refuses(tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after", "model"), [(3, 2, TINY), (2, 3, NORMED)], ids=["tiny", "norm"])
+@pytest.mark.usefixtures("one_thread")
 def test_surrogates_shared_by_processes_make_the_poison_of_one(before, after, model, tmp_path):
     """And a run that was stopped goes on with others.
 
