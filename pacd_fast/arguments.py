@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DTYPES",
     "NotANumber",
     "at_least",
     "not_negative",
@@ -26,6 +27,10 @@ __all__ = [
     "whole_number",
     "writable",
 ]
+
+
+DTYPES = ("float32", "bfloat16")
+"""What a network's passes may run in, by name."""
 
 
 class NotANumber(argparse.ArgumentTypeError, ValueError):

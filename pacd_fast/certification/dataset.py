@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacd_fast.arguments import option, writable
+from pacd_fast.arguments import DTYPES, option, writable
 from pacd_fast.certification.classifier import USUAL
 from pacd_fast.certification.noise import KINDS, Noise
 from pacd_fast.certification.prediction import predictor
@@ -112,7 +112,7 @@ class Certify:
     offset: tuple[float, ...] | None = option(None, "of the lattice, likewise; by default 0", metavar="O")
     check: bool = option(False, "refuse images that are not on the lattice")
     seed: int | None = option(None, "of the noise; by default from the operating system's entropy")
-    dtype: str = option("float32", "the certificate is for the model in it", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "the certificate is for the model in it", choices=DTYPES)
     batch_size: int | None = option(None, "rows a forward pass; measured where it is not given")
     compile: str | bool | None = option(
         None, "torch.compile; auto (the default): where it pays", choices=("auto", "yes", "no", "max-autotune")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pacd_fast.arguments import at_least, whole_number
+from pacd_fast.arguments import DTYPES, at_least, whole_number
 from pacd_fast.cli.flags import add_data, add_device, add_fields, device_of, given, load_data
 from pacd_fast.cli.train import add_hyperparameters, hyperparameters_given
 from pacd_fast.data import Dataset
@@ -57,8 +57,8 @@ def add_commands(add: Any) -> None:
         "--against", nargs="*", choices=COMPANIONS, default=list(COMPANIONS),
         help="what targeted poison is compared with",
     )  # fmt: skip
-    sub.add_argument("--train-dtype", choices=["float32", "bfloat16"], default="float32", help="of training")
-    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of certification")
+    sub.add_argument("--train-dtype", choices=DTYPES, default="float32", help="of training")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of certification")
     sub.add_argument("--count", type=whole_number, default=500, help="test images of the class to certify")
     sub.add_argument("--n", type=whole_number, default=100_000, help="samples for each of them")
     sub.add_argument("--others", type=whole_number, default=200, help="test images of the other classes; 0 for none")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pacd_fast.arguments import number, whole_number
+from pacd_fast.arguments import DTYPES, number, whole_number
 from pacd_fast.certification import certification_times, sigma_of
 from pacd_fast.cli.certify import add_checkpoint, checkpoint_for
 from pacd_fast.cli.flags import add_data, add_device, device_of, load_data
@@ -21,7 +21,7 @@ def add_commands(add: Any) -> None:
     sub.add_argument("--sigma", type=number, help="noise level; by default what the checkpoint was trained with")
     sub.add_argument("--n", type=whole_number, default=20_000, help="samples of each timing")
     sub.add_argument("--rounds", type=whole_number, default=3, help="all contenders in turn, so often")
-    sub.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of ours")
+    sub.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of ours")
     add_device(sub)
 
 

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pacd_fast.arguments import at_least, option
+from pacd_fast.arguments import DTYPES, at_least, option
 from pacd_fast.certification import Selection, certify_dataset, exactly, summarize
 from pacd_fast.data import load_dataset
 from pacd_fast.experiments.paper_numbers import CLEAN_DEVIATIONS, RADIUS_TABLES
@@ -36,8 +36,8 @@ class CleanVictims:
     )
     n: int = option(100_000, "estimation samples per image")
     count: int = option(500, "test images to certify")
-    train_dtype: str = option("float32", "of the network's passes in training", choices=("float32", "bfloat16"))
-    dtype: str = option("float32", "the certificates are for the model in it", choices=("float32", "bfloat16"))
+    train_dtype: str = option("float32", "of the network's passes in training", choices=DTYPES)
+    dtype: str = option("float32", "the certificates are for the model in it", choices=DTYPES)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA where it works")
     work: str = option("reproduced", "folder for checkpoints and results files; made if missing")
     results: str | None = option(None, "file that gets the rows, by default results.json in --work")

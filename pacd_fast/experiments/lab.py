@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pacd_fast.arguments import at_least, option
+from pacd_fast.arguments import DTYPES, at_least, option
 from pacd_fast.data import Dataset, load_dataset
 from pacd_fast.experiments.claims import spread, verdict
 from pacd_fast.experiments.record import add_row, commit
@@ -44,9 +44,9 @@ class Scale:
     others_n: int = option(10_000, "estimation samples for each of them")
     attacked: int = option(0, "images for the PGD distortion")
     macer_k: int = option(16, "copies of MACER's victims")
-    craft_dtype: str = option("float32", "of the network's passes in crafting", choices=("float32", "bfloat16"))
-    train_dtype: str = option("float32", "of the victims' passes in training", choices=("float32", "bfloat16"))
-    dtype: str = option("float32", "of certification", choices=("float32", "bfloat16"))
+    craft_dtype: str = option("float32", "of the network's passes in crafting", choices=DTYPES)
+    train_dtype: str = option("float32", "of the victims' passes in training", choices=DTYPES)
+    dtype: str = option("float32", "of certification", choices=DTYPES)
 
     def __post_init__(self) -> None:
         for name in ("poisons", "seeds", "baseline_seeds", "epochs", "count", "n"):

@@ -182,6 +182,7 @@ class _Crafting:
     ) -> None:
         self.data, self.attack, self.upper, self.device, self.ranks = data, attack, attack.cost, device, ranks
         self.recipe, self.seed = attack.recipe, attack.seed
+        self.low = None if self.recipe.dtype == "float32" else getattr(torch, self.recipe.dtype)
         self.x_train, self.y_train = data.x_train.to(device), data.y_train.to(device)
         self.x_upper, self.y_upper = as_float(upper_images[0]).to(device), upper_images[1].to(device)
         self.base = as_float(data.x_train[chosen]).to(device)
@@ -290,7 +291,8 @@ class _Crafting:
             rows, numbered, share = self._mine(x, u)
             noise = mix(self.seed, Purpose.PACD_LOWER_NOISE, self.epoch, self.step, lower_step)
             batch = torch.cat([x[rows[0]], u[rows[1]]]), torch.cat([y[rows[0]], labels[rows[1]]])
-            with self._low(), self.split.batch_norm(self.network, share):
+            low = torch.autocast(self.device.type, self.low, enabled=self.low is not None)
+            with low, self.split.batch_norm(self.network, share):
                 value = share * loss(self.network, *batch, seed=noise, **numbered)
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -320,7 +322,7 @@ class _Crafting:
                 warm_start=self.q,
                 with_solution=True,
                 group=self.ranks.group(),
-                dtype=None if recipe.dtype == "float32" else getattr(torch, recipe.dtype),
+                dtype=self.low,
                 **recipe.solver_options(),
             )
         up, low, sound = torch.stack([upper, lower, torch.isfinite(gradient).all().to(upper.dtype)]).tolist()
@@ -351,11 +353,6 @@ class _Crafting:
                 return weight * self.upper(network, x, y, seed=seed, **numbered)
 
         return cost
-
-    def _low(self) -> torch.autocast:
-        """The lower steps' precision."""
-        dtype = self.recipe.dtype
-        return torch.autocast(self.device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
     def _mine(self, clean: Tensor, poison: Tensor) -> tuple[list[slice], dict[str, Tensor], float]:
         """This process's rows of a lower-level batch: of its clean images, of its poison; their numbers and share."""

@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pacd_fast import ops
-from pacd_fast.arguments import at_least, option, positive
+from pacd_fast.arguments import DTYPES, at_least, option, positive
 from pacd_fast.bilevel import CURVATURES, SOLVERS
 from pacd_fast.poisoning.poison import Ball
 from pacd_fast.randomness import Stream
 from pacd_fast.training import layout, loss_of
-
-DTYPES = ("float32", "bfloat16")
 
 
 class Upper(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pacd_fast.arguments import option, seed_in_range, writable
+from pacd_fast.arguments import DTYPES, option, seed_in_range, writable
 from pacd_fast.data import Dataset
 from pacd_fast.files import AnotherRun, partial
 from pacd_fast.networks import BUILT_IN, CIFAR10_MEAN, CIFAR10_STD, build, load_checkpoint, save_checkpoint
@@ -103,7 +103,7 @@ class Training:
     optimizer: str = option("adam", "momentum is SGD with momentum 0.9", choices=OPTIMIZERS)
     weight_decay: float = option(0.0, "the optimiser's l2 term")
     augment: bool | None = option(None, "random flip and pad-4 crop; by default for cifar10, but not with smoothadv")
-    dtype: str = option("float32", "of the network's passes; weights keep 32 bits", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of the network's passes; weights keep 32 bits", choices=DTYPES)
 
     def resolved(self, data: Dataset) -> tuple[str, bool, Any]:
         """The network's name, whether images are augmented, and the loss, for these data.
