@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from test_pacd import TINY, digits  # noqa: F401
+from torch.distributed import HashStore
 
 from pacd_fast.certification import read_results
 from pacd_fast.cli import main
 from pacd_fast.experiments import EXPERIMENTS, lab, plots
-from pacd_fast.poisoning import Audit, Audited, Ball, Poison, audit, watermark
+from pacd_fast.experiments.claims import below
+from pacd_fast.poisoning import Audit, Audited, Ball, Poison, audit, auditing, watermark
+from pacd_fast.ranks import Ranks
 from pacd_fast.training import Training
 
 
@@ -129,7 +132,8 @@ def stubs(monkeypatch):
         for stem in ("clean", *poisons):
             level = next((value for name, value in levels.items() if stem.endswith(name)), 0.5)
             level -= 0.02 * stem.count("seed1")
-            figures = {field.name: [level + 0.01 * s for s in range(settings.seeds)] for field in FIELDS}
+            victims = len(settings.victims(stem, Path(work)))
+            figures = {field.name: [level + 0.01 * s for s in range(victims)] for field in FIELDS}
             found[stem] = Audited(**figures)
         return found
 
@@ -189,11 +193,15 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
         all_three = json.loads((tmp_path / "r.json").read_text())["PACD figure 7"]["rows"]
         assert [row["certified in"] for row in all_three].count("float32") == len(all_three) / 3 == 2
     if name == "table2":
-        assert main([*options, "--craft-dtype", "bfloat16"]) == 0  # other poison, and rows of their own
-        assert "--dtype bfloat16 --seed 1 --out" in capsys.readouterr().err
+        assert main([*options, "--craft-dtype", "bfloat16", "--baseline-seeds", "2"]) == 0  # other poison, own rows
+        said = capsys.readouterr().err
+        assert "--dtype bfloat16 --seed 1 --out" in said
+        fewer, usual = [line for line in said.splitlines() if line.startswith("+ pacd-fast audit")]
+        assert "watermark.npz" in fewer and "--seeds 2" in fewer and "seed1" in usual and "--seeds 3" in usual
         assert [attack.recipe.dtype for attack in crafted].count("bfloat16") == 2
         both = json.loads((tmp_path / "r.json").read_text())["PACD table 2"]["rows"]
-        assert [row["crafted in"] for row in both].count("bfloat16") == len(both) / 2 == 4
+        in_half = {row["training data"]: row["victims"] for row in both if row["crafted in"] == "bfloat16"}
+        assert in_half == {"clean": 3, "watermark": 2, "random": 2, "poison": 6} and len(both) == 8
     if name == "d6":  # single digits saturate at a beta of 16
         assert {a.upper.beta for a in crafted} == {1.0} and {row["images"] for row in rows} == {1}
     before = len(crafted)
@@ -204,6 +212,22 @@ def test_every_table_crafts_audits_and_judges(name, tmp_path, stubs, capsys):
     assert main([*options, "--seeds", "0"]) == 2 and "seeds must be at least 1" in capsys.readouterr().err
     assert main([*options[:-1], "fashion-mnist"]) == 2
     assert "--data must be mnist, cifar10" in capsys.readouterr().err
+
+
+def test_the_first_victim_of_every_set_comes_before_the_second_of_any(digits, tmp_path, monkeypatch):  # noqa: F811
+    made, empty = [], Audited(*[[] for _ in FIELDS])
+    monkeypatch.setattr(auditing, "_certified", lambda seed, victim, *_: made.append((victim.name, seed)))
+    monkeypatch.setattr(auditing, "_audited", lambda *_: empty)
+    ranks = Ranks(HashStore(), 0, 2)
+    monkeypatch.setattr(ranks, "to_first", lambda value: [])
+    monkeypatch.setattr(ranks, "everyones", lambda value: [value])
+    marked = {name: watermark(digits, target_class=1, ball=Ball(0.05)) for name in ("few", "many")}
+    settings = Audit(Training("gaussian", {"sigma": 0.4}, model=TINY), 2, 0.4, seeds=2, own_seeds={"few": 1})
+    assert audit(digits, marked, settings, tmp_path, ranks=ranks).keys() == {"clean", "few", "many"}
+    sets = [name.split("-")[0] for name, _ in made]
+    assert [seed for _, seed in made] == [0, 0, 0, 1, 1] and sets == ["clean", "few", "many", "clean", "many"]
+    with pytest.raises(ValueError, match="own_seeds has 'many', which is not among"):
+        audit(digits, {"few": marked["few"]}, dataclasses.replace(settings, own_seeds={"many": 1}), tmp_path)
 
 
 def test_the_seconds_of_an_audit_are_those_of_its_files(digits, tmp_path):  # noqa: F811
@@ -222,6 +246,23 @@ def test_the_seconds_of_an_audit_are_those_of_its_files(digits, tmp_path):  # no
     assert np.isnan(list(settings.seconds("clean", tmp_path).values())).sum() == 1
 
 
+@pytest.mark.parametrize(
+    ("poisoned", "clean", "expected"),
+    [
+        ([0.0, 0.2], [0.5, 0.7], True),
+        ([0.4, 0.6], [0.5, 0.7], False),
+        ([0.31], [0.5, 0.7], False),  # s^2 = 0.02, SE^2 = 0.02 + 0.01; without a deviation of its own it would be below
+        ([0.25], [0.5, 0.7], True),
+        ([0.5, 0.7], [0.94], False),
+        ([0.5, 0.7], [0.95], True),
+        ([0.4], [0.5], True),
+        ([0.5], [0.5], False),
+    ],
+)
+def test_below_is_by_two_standard_errors(poisoned, clean, expected):
+    assert below(poisoned, clean) is expected
+
+
 def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):
     """What `--medium` is: 10 000 images, six epochs of crafting at the paper's smallest sigma, victims in bfloat16."""
     crafted, audited = stubs
@@ -238,7 +279,8 @@ def test_medium_is_table_2_of_cifar10(tmp_path, stubs, capsys):
         assert settings.training.epochs == 30 and settings.training.dtype == "bfloat16"
         assert folder == "cifar10-10000-gaussian-0.25-epochs30-bfloat16" and (settings.images, settings.n) == (40, 1000)
         assert settings.dtype == "bfloat16"
-    assert sorted(settings.seeds for settings, _ in audited) == [1, 3]
+    ((settings, _),) = audited
+    assert settings.seeds == 3 and settings.own_seeds == {"cifar10-10000-watermark": 1, "cifar10-10000-random": 1}
     rows = json.loads((tmp_path / "w" / "results.json").read_text())["PACD table 2"]["rows"]
     assert {row["data"] for row in rows} == {"cifar10-10000"} and {row["sigma"] for row in rows} == {0.25}
     wrong = [
@@ -260,7 +302,7 @@ def test_experiments_agree_on_the_victims_they_share(tmp_path, stubs):
         assert main(["reproduce", name, "--small", "--data", "mnist", "--work", str(tmp_path)]) == 0
     asked: dict[tuple[str, int], set[str]] = {}
     for settings, folder in audited:
-        alike = dataclasses.replace(settings, seeds=1, attacked=0)  # files of their own
+        alike = dataclasses.replace(settings, seeds=1, own_seeds={}, attacked=0)  # files of their own
         if not settings.others:
             alike = dataclasses.replace(alike, others=90, others_n=1000)
         asked.setdefault((folder, settings.target_class), set()).add(repr(alike))

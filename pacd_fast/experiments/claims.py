@@ -8,8 +8,14 @@ from collections.abc import Mapping, Sequence
 
 
 def below(poisoned: Sequence[float], clean: Sequence[float]) -> bool:
-    """Whether the mean is below that of clean victims by more than two standard errors of the difference."""
-    error = math.sqrt(sum(statistics.variance(v) / len(v) if len(v) > 1 else 0.0 for v in (poisoned, clean)))
+    """Whether the mean is below that of clean victims by more than two standard errors of the difference.
+
+    A single number is taken to vary as those of the other group do.
+    """
+    variances = [statistics.variance(group) for group in (poisoned, clean) if len(group) > 1]
+    if len(variances) == 1:
+        variances *= 2
+    error = math.sqrt(sum(v / len(group) for v, group in zip(variances, (poisoned, clean), strict=False)))
     return statistics.fmean(poisoned) < statistics.fmean(clean) - 2 * error
 
 

@@ -215,9 +215,12 @@ class Lab:
 
     def audit(
         self, folder: str, training: Training, sigma: float, target_class: int, poisons: Mapping[str, Path],
-        seeds: int | None = None, **changes: Any,
+        seeds: int | None = None, own_seeds: Mapping[str, int] | None = None, **changes: Any,
     ) -> dict[str, Audited]:  # fmt: skip
-        """Figures by training set, "clean" among them; folders with one name share their victims."""
+        """Figures by training set, "clean" among them; folders with one name share their victims.
+
+        seeds: victims of a training set; own_seeds: of some of the poisons, by name.
+        """
         settings = Audit(
             training,
             target_class,
@@ -229,16 +232,19 @@ class Lab:
             others_n=self.scale.others_n,
             attacked=self.scale.attacked,
             dtype=self.scale.dtype,
+            own_seeds={poisons[name].stem: count for name, count in (own_seeds or {}).items()},
         )
         settings = dataclasses.replace(settings, **changes)
         half = "" if training.dtype == "float32" else f"-{training.dtype}"
         work = self.work / f"{self.label}-{folder}-epochs{training.epochs}{half}"
         files = {path.stem: Poison.load(path) for path in poisons.values()}
-        self.say(
-            "audit", "--poison", *poisons.values(), "--method", training.method, "--seeds", settings.seeds,
-            "--epochs", training.epochs, "--train-dtype", training.dtype, "--count", settings.images,
-            "--n", settings.n, "--work", work,
-        )  # fmt: skip
+        counts = {path: settings.own_seeds.get(path.stem, settings.seeds) for path in poisons.values()}
+        for count in sorted(set(counts.values())):
+            self.say(
+                "audit", "--poison", *[path for path in counts if counts[path] == count], "--method", training.method,
+                "--seeds", count, "--epochs", training.epochs, "--train-dtype", training.dtype,
+                "--count", settings.images, "--n", settings.n, "--work", work,
+            )  # fmt: skip
         found = audit(self.data, files, settings, work, device=self.where.device, progress=True, ranks=self.ranks)
         if self.ranks.rank == 0:
             self.seconds |= {path: files[path.stem].settings.get("seconds", 0.0) for path in poisons.values()}

@@ -40,8 +40,8 @@ def radius_table(method: str, number: int) -> Callable[[Lab], None]:
             poisons = lab.crafted(f"{method}-{sigma:g}", lab.attack(method, TARGET, hyperparameters={"sigma": sigma}))
             others = {**lab.baseline("watermark", TARGET), **lab.baseline("random", TARGET)}
             folder, training = f"{method}-{sigma:g}", lab.training(method, sigma)
-            found = lab.audit(folder, training, sigma, TARGET, {**others}, seeds=lab.scale.baseline_seeds)
-            found |= lab.audit(folder, training, sigma, TARGET, poisons)
+            fewer = dict.fromkeys(others, lab.scale.baseline_seeds)
+            found = lab.audit(folder, training, sigma, TARGET, {**others, **poisons}, own_seeds=fewer)
             rows = {"clean": [found["clean"]], "watermark": [found["watermark"]], "random": [found["random"]],
                     "poison": [found[name] for name in poisons]}  # fmt: skip
             printed = (theirs[0], theirs[1], None, theirs[2]) if theirs else [None] * 4

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Audit:
     Attributes:
         training: how victims are trained.
         target_class: the class that is certified; sigma: the noise it is certified with.
-        seeds, first_seed: the victims' seeds.
+        seeds, first_seed: the victims' seeds; own_seeds: how many victims some training sets have instead, by name.
         images, n: how many test images of the target class, and the estimation samples for each.
         others, others_n: the same for all other classes together; 0 images for none.
         attacked: images of the target class for the PGD distortion, 0 for none.
@@ -54,11 +54,13 @@ class Audit:
     choice: int = 0
     dtype: str = "float32"
     indices: tuple[int, ...] | None = None
+    own_seeds: Mapping[str, int] = field(default_factory=dict)
 
     def victims(self, name: str, work: Path) -> dict[int, Path]:
         """The checkpoints of a training set's victims, by seed."""
         checkpoint = work / f"{name}-{self.training.method}.safetensors"
-        return {seed: numbered(checkpoint, seed) for seed in range(self.first_seed, self.first_seed + self.seeds)}
+        count = self.own_seeds.get(name, self.seeds)
+        return {seed: numbered(checkpoint, seed) for seed in range(self.first_seed, self.first_seed + count)}
 
     def certificates(self, victim: Path, others: bool = False) -> Path:
         """The file of a victim's certificates of the target class, of the test images by index, or of the others."""
@@ -107,21 +109,25 @@ def audit(
 
     Every victim, and every certified image, is kept in `work`: run again, an audit goes on where it stopped.
 
-    ranks: the processes that do it together, each of which calls this: victims are handed out to them, and all get the
-        figures, of which rank 0 makes those that no certificate holds.
+    ranks: the processes that do it together, each of which calls this: victims are handed out to them, the first of
+        every training set before the second of any, and all get the figures, of which rank 0 makes those that no
+        certificate holds.
 
-    Raises ValueError for poison of other data, a name that is "clean", a `work` that the ranks do not share, and as
-    training and certification do.
+    Raises ValueError for poison of other data, a name that is "clean", own_seeds of a set that is not there, a `work`
+    that the ranks do not share, and as training and certification do.
     """
     if CLEAN in poisons:
         raise ValueError(f"a poison cannot be called {CLEAN!r}: rename the file")
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
+    if unknown := sorted(settings.own_seeds.keys() - {CLEAN, *poisons}):
+        raise ValueError(f"own_seeds has {unknown[0]!r}, which is not among the training sets")
     sets = {CLEAN: data, **{name: poison.apply(data) for name, poison in poisons.items()}}
     ranks = Ranks() if ranks is None else ranks
     if ranks.size > 1:
         tasks = [(name, *each) for name in sets for each in settings.victims(name, work).items()]
         made = []
+        tasks.sort(key=lambda task: task[1])
         for name, seed, victim in map(tasks.__getitem__, ranks.handed(len(tasks))):
             _certified(seed, victim, sets[name], data, settings, device, progress and ranks.rank == 0)
             made.append(str(victim.absolute()))
@@ -177,7 +183,7 @@ def _audited(
     victims = settings.victims(name, work)
     for number, (seed, victim) in enumerate(victims.items(), 1):
         if progress:
-            print(f"{name}, victim {number} of {settings.seeds} (seed {seed})", file=sys.stderr, flush=True)
+            print(f"{name}, victim {number} of {len(victims)} (seed {seed})", file=sys.stderr, flush=True)
         of_class, *rest = _certified(seed, victim, images, data, settings, device, progress)
         target.append(of_class)
         others += rest
@@ -203,7 +209,7 @@ def _evaluated(
     progress: bool,
 ) -> dict[str, Any]:
     """Accuracy and distortion of the victims, from the file of an earlier audit where there is one."""
-    what = f"{settings.target_class}-{settings.first_seed}-{settings.seeds}-{settings.attacked}-{settings.choice}"
+    what = f"{settings.target_class}-{settings.first_seed}-{len(victims)}-{settings.attacked}-{settings.choice}"
     kept = work / f"{name}-{settings.training.method}-evaluate-{what}.json"
     if not kept.exists() or kept.stat().st_mtime < max(victim.stat().st_mtime for victim in victims.values()):
         chosen = data.y_test == settings.target_class
