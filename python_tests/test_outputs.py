@@ -103,6 +103,21 @@ def test_certify_says_where_its_rows_are(here, capsys):
         assert not said or err == f"{said}\n", "no bar of nothing"
 
 
+def test_a_finished_file_of_a_compiled_model_is_left_as_it_is(here, capsys):
+    """There is nothing to run then, so nothing is compiled, and yet it is no other run."""
+    words, out = WRITERS["predict"].replace("predict", "certify", 1).split(), Path("out.tsv")
+    assert main(words) == 0
+    names, *lines = (line.split("\t") for line in out.read_text().splitlines())
+    for line in lines:
+        line[names.index("compiled")] = "1"
+    finished = "".join("\t".join(line) + "\n" for line in (names, *lines))
+    out.write_text(finished)
+    assert main(words) == 0, capsys.readouterr().err
+    assert out.read_text() == finished
+    out.write_text(finished.replace("\t0.001\t", "\t0.002\t"))
+    assert main(words) == 2 and "alpha is 0.002 there and 0.001 here" in capsys.readouterr().err
+
+
 def test_what_leaves_no_row_leaves_no_file(here, capsys):
     for command in ("certify", "predict"):
         words = WRITERS["predict"].replace("predict", command, 1).replace("net.pt", "nan.pt").split()

@@ -114,8 +114,9 @@ class BaseClassifier:
         self._model: Model = model if taken else self._fixed(model)
         seconds = self._choose(rows, samples, own if first is None else model)
         compiled = taken
-        if not taken and compile is not False and len(images):
-            compiled = self._compile(compile, seconds / self.rows * samples)
+        if not taken and compile is not False:  # without images nothing is run, and the answer is what was asked for
+            left = seconds / self.rows * samples
+            compiled = self._compile(compile, left) if len(images) else compile != "auto"
         self.engine = Engine(self.rows, compiled, machine(self.device))
         self.batches: dict[object, Any] = {}
 
