@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,9 @@ def bars(
     xlabel: str,
     title: str | None = None,
 ) -> None:
-    """Draw means over victims as bars, with standard deviations: a group per name, in it a bar per training set.
+    """Draw means over victims as bars, with standard deviations (of one victim none) and every victim as a dot.
+
+    A group per name, in it a bar per training set.
 
     Raises ValueError for nothing to draw or an unknown ending, FileNotFoundError where the folder does not exist.
     """
@@ -192,9 +195,12 @@ def bars(
     for i, kind in enumerate(kinds):
         places = [g + (i - (len(kinds) - 1) / 2) * width for g, group in enumerate(groups.values()) if kind in group]
         values = [np.asarray(group[kind], dtype=float) for group in groups.values() if kind in group]
-        spread = [float(v.std(ddof=1)) if len(v) > 1 else 0.0 for v in values]
+        spread = [float(v.std(ddof=1)) if len(v) > 1 else math.nan for v in values]
         means = [float(v.mean()) for v in values]
         axes.bar(places, means, 0.92 * width, yerr=spread, capsize=2, color=COLOURS[i % len(COLOURS)], label=kind)
+        for place, v in zip(places, values, strict=True):
+            x = place + width * ((np.arange(len(v)) + 0.5) / len(v) - 0.5) * 0.7
+            axes.scatter(x, v, 12, "white", edgecolors="black", linewidths=0.6, zorder=3)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
